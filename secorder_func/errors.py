@@ -1,0 +1,57 @@
+"""Error and warning classes, and the one shape of message they carry.
+
+Every message says where it happened, what is wrong, what was expected and given, and how to mend it.
+"""
+
+__all__ = [
+    "ArgumentError",
+    "CurvatureFallbackWarning",
+    "MissingExtraError",
+    "NoExactRouteError",
+    "message",
+]
+
+
+class CurvatureFallbackWarning(UserWarning):
+    """An exact product had to take another exact route than the default one.
+
+    The numbers are as exact as before; time and memory may differ. The message names the cause.
+    """
+
+
+class NoExactRouteError(RuntimeError):
+    """No exact route through torch's derivatives exists for this loss.
+
+    `finite_difference_hvp` estimates the product from gradients alone.
+    """
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A bad argument to a function of `secorder_func.compat`.
+
+    It is both a `ValueError`, which it is by nature, and a `RuntimeError`, which is what torch raised
+    in the package that `compat` replaces.
+    """
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is needed for this call and is not installed."""
+
+    def __init__(self, where: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{where} needs {package}, which is not installed. "
+            f"Install it with: pip install 'secorder-func[{extra}]'.",
+            name=package,
+        )
+
+
+def message(where: str, problem: str, mend: str = "") -> str:
+    """Return `where: problem. mend` with exactly one full stop between the parts.
+
+    >>> message("hvp", "v must match params", "Build v with tree.random_like(params)")
+    'hvp: v must match params. Build v with tree.random_like(params).'
+    """
+    parts = [f"{where}: {problem.rstrip('.')}."]
+    if mend:
+        parts.append(f"{mend.rstrip('.')}.")
+    return " ".join(parts)

@@ -1,0 +1,23 @@
+"""What torch lacks or gets wrong at second order, and the repair, each with its evidence.
+
+The transforms and the drop-in evaluate every loss under `evaluation`. A repair is one small function in the module of
+its subject, registered with the reason; `REPAIRS` lists them all.
+"""
+
+from secorder_func.rules import attention, gradient_stops, losses, normalization, wrong_forward
+from secorder_func.rules.mode import SecondOrderRules, evaluation
+from secorder_func.rules.registry import REPAIRS, Repair, WrongForwardRuleError, repairs
+
+__all__ = [
+    "REPAIRS",
+    "Repair",
+    "SecondOrderRules",
+    "WrongForwardRuleError",
+    "attention",
+    "evaluation",
+    "gradient_stops",
+    "losses",
+    "normalization",
+    "repairs",
+    "wrong_forward",
+]

@@ -1,0 +1,38 @@
+"""Loss functions that torch cannot differentiate forward over reverse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.rules.registry import Rules, repairs
+
+__all__: list[str] = []
+
+
+@repairs(F.mse_loss, because="the mean fails forward over reverse on a constant target, pytorch#123996")
+def _mse_loss(
+    rules: Rules,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    unusual = size_average is not None or reduce is not None or weight is not None
+    if unusual or reduction not in ("mean", "sum", "none"):
+        if weight is not None:
+            kwargs["weight"] = weight
+        return F.mse_loss(input, target, size_average, reduce, reduction, **kwargs)
+    if input.shape == target.shape:
+        # Written out, because a compiled jvp of the fused kernel ends the process (torch 2.13).
+        squares = (input - target).square()
+    else:  # torch words its own warning
+        squares = F.mse_loss(input, target, reduction="none", **kwargs)
+    if reduction == "none":
+        return squares
+    return squares.sum() if reduction == "sum" else squares.mean()

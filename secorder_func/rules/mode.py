@@ -1,0 +1,128 @@
+"""The mode under which every loss is evaluated while it is differentiated.
+
+One `TorchFunctionMode` does three things for each torch function that the loss calls, in this order: tensors that have
+a stand-in are exchanged for it by identity, writes to captured tensors go to a copy, and functions in the
+table of repairs are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from secorder_func.rules.registry import REPAIRS
+from secorder_func.rules.state import Shadows, module_attributes_restored, writes_first_argument
+
+__all__ = ["SecondOrderRules", "evaluation"]
+
+
+class SecondOrderRules(TorchFunctionMode):
+    """Repairs torch functions, exchanges tensors by identity, keeps writes from captured tensors."""
+
+    def __init__(
+        self,
+        *,
+        forward: bool,
+        higher: bool,
+        exchange: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.forward = forward
+        self.higher = higher
+        self.shadows = Shadows()
+        self.seen: set[int] = set()
+        for original, stand_in in exchange or ():
+            self.shadows.replaced[id(original)] = (original, stand_in)
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Switch the rules on again for what a repair calls."""
+        return self
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Evaluate one torch function of the loss under the rules."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return self._repaired(func, args, kwargs)
+
+        touched: set[int] = set()
+        if self.shadows.replaced:
+            args = self._exchanged(args, touched)
+            kwargs = self._exchanged(kwargs, touched)
+        if args and isinstance(args[0], Tensor) and writes_first_argument(func):
+            args = (self.shadows.stand_in(args[0]), *args[1:])
+        if isinstance(kwargs.get("out"), Tensor):
+            kwargs = {**kwargs, "out": self.shadows.stand_in(kwargs["out"])}
+
+        result = self._repaired(func, args, kwargs)
+        if touched and _holds_tensor(result):
+            self.seen |= touched
+        if self.shadows.level <= 0:
+            self.shadows.note_born(result)
+        return result
+
+    def _repaired(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        repair = REPAIRS.get(func)
+        if repair is None:
+            return func(*args, **kwargs)
+        return repair.apply(self, *args, **kwargs)
+
+    def _exchanged(self, value: Any, touched: set[int]) -> Any:
+        """Return `value` with every tensor that has a stand-in exchanged, in lists, tuples and dicts."""
+        if isinstance(value, Tensor):
+            known = self.shadows.replaced.get(id(value))
+            if known is None:
+                return value
+            touched.add(id(value))
+            return known[1]
+        if type(value) is tuple or type(value) is list:
+            return type(value)(self._exchanged(item, touched) for item in value)
+        if type(value) is dict:
+            return {key: self._exchanged(item, touched) for key, item in value.items()}
+        return value
+
+
+def _holds_tensor(result: Any) -> bool:
+    if isinstance(result, (tuple, list)):
+        return any(_holds_tensor(item) for item in result)
+    if isinstance(result, Mapping):
+        return any(_holds_tensor(item) for item in result.values())
+    return isinstance(result, Tensor)
+
+
+def evaluation(
+    *, forward: bool, higher: bool, exchange: list[tuple[Tensor, Tensor]] | None = None
+) -> AbstractContextManager[SecondOrderRules]:
+    """Return the context in which a loss is evaluated once.
+
+    Parameters
+    ----------
+    forward
+        Some level around the loss differentiates in forward mode.
+    higher
+        Derivatives beyond the second may be taken.
+    exchange
+        Pairs of a tensor and its stand-in.
+    """
+    rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange)
+    if torch.compiler.is_compiling():
+        return rules
+    return _guarded(rules)
+
+
+@contextmanager
+def _guarded(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
+    forward_enabled = torch._C._is_fwd_grad_enabled()
+    try:
+        with module_attributes_restored(rules.shadows.is_captured), rules:
+            yield rules
+    finally:
+        torch._C._set_fwd_grad_enabled(forward_enabled)

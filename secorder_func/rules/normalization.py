@@ -1,0 +1,97 @@
+"""Normalisation layers: no writes to running statistics, and right derivatives of every order.
+
+torch's double-backward formulas of the fused layer, batch and instance norms are right, but their own derivatives are
+not: third derivatives are 36 % (layer, instance) and 100 % (batch) off in 2.13, by every route. Written
+out of means and a reciprocal root, the same functions are right in every composition. They are written out only
+where a third derivative may be taken, because the fused kernels are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.rules.registry import Rules, repairs
+
+__all__: list[str] = []
+
+_WRONG_THIRD = "third derivatives of the fused kernel are wrong, pytorch#198017"
+
+
+@repairs(F.layer_norm, because=_WRONG_THIRD)
+def _layer_norm(
+    rules: Rules,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not rules.higher:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    output = _standardised(input, tuple(range(-len(normalized_shape), 0)), eps)
+    if weight is not None:
+        output = output * weight
+    return output if bias is None else output + bias
+
+
+@repairs(F.batch_norm, because="it writes running statistics in training mode; " + _WRONG_THIRD)
+def _batch_norm(
+    rules: Rules,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not rules.higher:  # the output of training mode does not depend on the running statistics
+        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    F._verify_batch_size(input.size())
+    others = (0, *range(2, input.ndim))
+    return _per_channel(_standardised(input, others, eps), weight, bias)
+
+
+@repairs(F.instance_norm, because="it writes running statistics in training mode; " + _WRONG_THIRD)
+def _instance_norm(
+    rules: Rules,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not rules.higher:
+        return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+    F._verify_spatial_size(input.size())
+    return _per_channel(_standardised(input, tuple(range(2, input.ndim)), eps), weight, bias)
+
+
+def _standardised(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Return (x - mean) / sqrt(var + eps) over `dims`, in float32 for half precision as torch does."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    x = input.float() if half else input
+    centred = x - x.mean(dims, keepdim=True)
+    variance = (centred * centred).mean(dims, keepdim=True)
+    output = centred * torch.rsqrt(variance + eps)
+    return output.to(input.dtype) if half else output
+
+
+def _per_channel(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape: Any = (-1, *[1] * (output.ndim - 2))
+    if weight is not None:
+        output = output * weight.reshape(shape)
+    return output if bias is None else output + bias.reshape(shape)

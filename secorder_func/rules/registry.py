@@ -1,0 +1,58 @@
+"""The table of repairs: which torch function is replaced by what, and why.
+
+A repair has the signature of the function that it replaces, after one leading argument: the `Rules` in
+force. It runs with these switched off, so it may call the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+__all__ = ["REPAIRS", "Repair", "Rules", "WrongForwardRuleError", "repairs"]
+
+
+class Rules(Protocol):
+    """What a repair may know of the evaluation that it takes part in."""
+
+    forward: bool
+    """Some level around the loss differentiates in forward mode."""
+
+    higher: bool
+    """Derivatives beyond the second may be taken of what is computed here."""
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Switch the rules on again for what the repair calls."""
+
+
+class WrongForwardRuleError(RuntimeError):
+    """Forward mode met a function whose forward rule in torch gives wrong second derivatives."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One entry of the table: the replacement and the evidence for it."""
+
+    apply: Callable[..., Any]
+    because: str
+
+
+REPAIRS: dict[Any, Repair] = {}
+"""Torch function -> its repair, as `SecondOrderRules` looks it up."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def repairs(*functions: Any, because: str) -> Callable[[_F], _F]:
+    """Register the decorated function as the repair of torch `functions`."""
+
+    def register(apply: _F) -> _F:
+        for function in functions:
+            if function in REPAIRS:
+                raise ValueError(f"two repairs for {function}")
+            REPAIRS[function] = Repair(apply, because)
+        return apply
+
+    return register

@@ -1,0 +1,121 @@
+"""What a loss writes while it is differentiated must not outlive the evaluation.
+
+`Shadows` gives an in-place operation on a captured tensor (a module's buffer, a user's counter) a copy to work on, which
+stands in for the original until the evaluation ends. `module_attributes_restored` puts back what modules
+assign to their own attributes, which would otherwise keep dead functorch wrappers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+__all__ = ["Shadows", "module_attributes_restored"]
+
+_DUNDER_WRITES = frozenset(
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+) | {"__setitem__"}
+_NOT_WRITES = frozenset({"requires_grad_", "retain_grad_", "share_memory_"})
+
+
+@lru_cache(maxsize=None)
+def writes_first_argument(function: Callable[..., Any]) -> bool:
+    """Say whether a torch function writes its first argument in place, by torch's naming rule."""
+    name = getattr(function, "__name__", "")
+    if name in _DUNDER_WRITES:
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITES
+
+
+class Shadows:
+    """Stand-ins for captured tensors that the loss writes to, by identity.
+
+    A tensor is captured if the evaluation has not made it. Inside a functorch level whatever is made carries
+    that level. Without one, what has a gradient history is made here or must not be written to anyway;
+    the rest is remembered as it is born.
+    """
+
+    def __init__(self) -> None:
+        self.level: int = -1 if torch.compiler.is_compiling() else _current_level()
+        self.born: dict[int, weakref.ref[Tensor]] = {}
+        self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note_born(self, result: Any) -> None:
+        """Remember a result without gradient history, outside functorch."""
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not tensor.requires_grad:
+                self.born[id(tensor)] = weakref.ref(tensor)
+
+    def is_captured(self, tensor: Tensor) -> bool:
+        """Say whether a tensor is older than this evaluation."""
+        if self.level > 0:
+            return _functorch.maybe_get_level(tensor) < self.level
+        if tensor.grad_fn is not None:
+            return False
+        made_here = self.born.get(id(tensor))
+        return made_here is None or made_here() is not tensor
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """Return the copy that takes the writes to a captured tensor; a tensor of ours as it is."""
+        known = self.replaced.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if not self.is_captured(tensor):
+            return tensor
+        copy = tensor.detach().clone() if self.level <= 0 else tensor.clone()
+        self.replaced[id(tensor)] = (tensor, copy)
+        self.note_born(copy)
+        return copy
+
+
+def _current_level() -> int:
+    level = _functorch.maybe_current_level()
+    return -1 if level is None else level
+
+
+@contextmanager
+def module_attributes_restored(is_captured: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Put back, on exit, the attributes and buffers that modules called inside assigned to themselves.
+
+    A buffer's reference is put back only if what stands there was made inside: `functional_call` puts its
+    own back, and before this does.
+    """
+    before: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
+    thread = threading.get_ident()
+
+    def remember(module: nn.Module, args: Any) -> None:
+        if id(module) not in before and threading.get_ident() == thread:
+            before[id(module)] = (module, dict(module.__dict__), dict(module._buffers))
+
+    hook = register_module_forward_pre_hook(remember)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module, attributes, buffers in before.values():
+            _restore(module.__dict__, attributes)
+            for name, now in list(module._buffers.items()):
+                was = buffers.get(name)
+                if now is not was and isinstance(now, Tensor) and not is_captured(now):
+                    module._buffers[name] = was
+
+
+def _restore(namespace: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name in namespace if name not in before]:
+        del namespace[name]
+    for name, value in before.items():
+        if namespace.get(name, _MISSING) is not value:
+            namespace[name] = value
+
+
+_MISSING = object()

@@ -1,0 +1,147 @@
+"""Which exact route a product takes.
+
+| mode | what it is | where it fails |
+|---|---|---|
+| `"auto"` | `jvp(grad(f))`; `vjp(grad(f))` where that has no right rule, or where the product itself is differentiated | raises the loss's own error, else `NoExactRouteError` |
+| `"forward_over_reverse"` | `jvp(grad(f))`, the definition | raises |
+| `"reverse_over_reverse"` | `vjp(grad(f))`, the same product because the Hessian is symmetric | raises |
+
+Only `"auto"` ever changes the route, to another exact one, and says so with a `CurvatureFallbackWarning`
+where it was forced to. It looks at the functions of the loss and at who differentiates the product, never at
+a clock, so the same call always takes the same route.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from secorder_func import tree
+from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError, message
+from secorder_func.rules.randomness import RandomState
+from secorder_func.typing import Mode
+
+__all__ = ["check_mode", "differentiated_outside", "first_exact", "forward_mode_lock", "routes_for"]
+
+T = TypeVar("T")
+
+_FORWARD_MODE = threading.RLock()
+_DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+
+
+def check_mode(mode: str, where: str) -> None:
+    """Refuse a mode that is not one of `Mode`."""
+    if mode not in get_args(Mode):
+        known = ", ".join(repr(name) for name in get_args(Mode))
+        raise ValueError(message(where, f"mode must be one of {known}, got {mode!r}"))
+
+
+def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
+    """Return the routes to try in order.
+
+    Parameters
+    ----------
+    mode
+        What the caller asked for; a named mode is the only route.
+    outside
+        Whether the product is itself differentiated. Third derivatives through forward over reverse are wrong
+        for det, slogdet and solve in torch 2.13, through reverse over reverse they are right.
+    """
+    if mode != "auto":
+        return (mode,)
+    if outside:
+        return ("reverse_over_reverse",)
+    return ("forward_over_reverse", "reverse_over_reverse")
+
+
+def differentiated_outside(*trees: Any) -> bool:
+    """Say whether someone outside may differentiate what is computed from these tensors."""
+    tensors = tree.tensors_in(*trees)
+    if torch.compiler.is_compiling():  # Dynamo cannot look at the stack of transforms
+        functorch_active: bool = torch._C._are_functorch_transforms_active()
+        return functorch_active or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(level.key() in _DIFFERENTIATING for level in stack):
+        return True
+    return torch.is_grad_enabled() and any(_base(t).requires_grad for t in tensors)
+
+
+def _base(tensor: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def forward_mode_lock() -> AbstractContextManager[Any]:
+    """Return the lock around forward mode, whose dual levels torch shares among threads."""
+    return nullcontext() if torch.compiler.is_compiling() else _FORWARD_MODE
+
+
+def first_exact(
+    routes: Sequence[tuple[str, Callable[[], T]]],
+    *,
+    where: str,
+    tensors: Sequence[Tensor],
+    eager: Callable[[], object],
+) -> tuple[str, T]:
+    """Compute by the first route that works; return its name and the result.
+
+    Parameters
+    ----------
+    routes
+        Names and computations, best first.
+    where
+        The public function, for messages.
+    tensors
+        Tensors on the devices whose random state a retry must find as the first attempt found it.
+    eager
+        The plain evaluation of the loss, whose own error is the one worth raising when all routes fail.
+    """
+    if len(routes) == 1 or torch.compiler.is_compiling():
+        name, compute = routes[0]
+        return name, compute()
+    state = RandomState.now(tensors)
+    failures: list[tuple[str, RuntimeError]] = []
+    for name, compute in routes:
+        try:
+            result = compute()
+        except RuntimeError as error:
+            failures.append((name, error))
+            state.restore()
+            continue
+        if failures:
+            _warn(where, failures, name)
+        return name, result
+
+    first, last = failures[0][1], failures[-1][1]
+    eager()  # a mistake in the loss itself is raised here, as the user's own error
+    state.restore()
+    tried = "; ".join(f"{name}: {_first_line(error)}" for name, error in failures)
+    raise NoExactRouteError(
+        message(
+            where,
+            f"torch has no exact second derivative of this loss by any route ({tried})",
+            "Replace the function that the message names, or estimate the product with finite_difference_hvp",
+        )
+    ) from (last if last.__cause__ is not None else first)
+
+
+def _warn(where: str, failures: list[tuple[str, RuntimeError]], name: str) -> None:
+    cause = "; ".join(f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures)
+    warnings.warn(
+        message(where, cause, f"Took {name} instead, which is exact too; name it with mode= to silence this"),
+        CurvatureFallbackWarning,
+        stacklevel=4,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,339 @@
+"""The vector space of pytrees, and the only place that knows how a pytree is taken apart.
+
+torch's own pytree keeps the insertion order of dict keys and counts `None` as a leaf; optree sorts
+keys and counts `None` as an empty subtree. The library takes trees apart with optree alone and hands
+torch's transforms flat tuples of tensors, about which both agree. Two dicts with the same keys in
+another order are therefore the same tree, and results come back in the order of the first argument.
+
+The inner product is real: for complex leaves it is the real part of `sum(conj(x) * y)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from secorder_func.errors import message
+from secorder_func.typing import Tree
+
+__all__ = [
+    "add",
+    "axpy",
+    "basis",
+    "check_like",
+    "check_params",
+    "common_dtype",
+    "dot",
+    "flatten",
+    "map",
+    "norm",
+    "numel",
+    "paths",
+    "random_like",
+    "ravel",
+    "scale",
+    "stack",
+    "sub",
+    "tensors_in",
+    "unstack",
+    "zeros_like",
+]
+
+Unflatten = Callable[[Sequence[Any]], Tree]
+
+
+def flatten(tree: Tree, /) -> tuple[list[Any], Unflatten]:
+    """Return the leaves of a tree, dict keys sorted, and the function that puts leaves back.
+
+    >>> leaves, unflatten = flatten({"b": 2, "a": (1, None)})
+    >>> leaves
+    [1, 2]
+    >>> unflatten([10, 20])
+    {'b': 20, 'a': (10, None)}
+    """
+    leaves, spec = optree.tree_flatten(tree)
+    return leaves, spec.unflatten
+
+
+def paths(tree: Tree, /) -> list[str]:
+    """Return where each leaf stands, as the Python expression that reaches it from the tree.
+
+    >>> paths({"layers": [1, 2], "head": 3})
+    ["['head']", "['layers'][0]", "['layers'][1]"]
+    """
+    return [accessor.codify("") for accessor in optree.tree_accessors(tree)]
+
+
+def map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
+    """Apply `fn` to corresponding leaves of trees of one structure.
+
+    >>> map(lambda x, y: x - y, {"a": 3, "b": 5}, {"b": 1, "a": 1})
+    {'a': 2, 'b': 4}
+    """
+    return optree.tree_map(fn, tree, *rest)
+
+
+def tensors_in(*trees: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of any trees, whatever else they hold."""
+    return [leaf for leaf in optree.tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+def add(x: Tree, y: Tree, /) -> Tree:
+    """Return `x + y`."""
+    return map(torch.add, x, y)
+
+
+def sub(x: Tree, y: Tree, /) -> Tree:
+    """Return `x - y`."""
+    return map(torch.sub, x, y)
+
+
+def scale(a: float | Tensor, x: Tree, /) -> Tree:
+    """Return `a * x`, each leaf in its own dtype."""
+    return map(lambda leaf: _times(a, leaf), x)
+
+
+def axpy(a: float | Tensor, x: Tree, y: Tree, /) -> Tree:
+    """Return `a * x + y`, each leaf in the dtype of `y`'s leaf."""
+    return map(lambda x_leaf, y_leaf: y_leaf + _times(a, x_leaf), x, y)
+
+
+def _times(a: float | Tensor, leaf: Tensor) -> Tensor:
+    if isinstance(a, Tensor):
+        a = a.to(dtype=leaf.dtype, device=leaf.device)
+    return leaf * a
+
+
+def dot(x: Tree, y: Tree, /) -> Tensor:
+    """Return the real inner product of two trees, a 0-dim tensor on the first leaf's device.
+
+    >>> dot({"a": torch.ones(2), "b": torch.tensor(3.0)}, {"b": torch.tensor(2.0), "a": torch.ones(2)})
+    tensor(8.)
+    """
+    x_leaves, y_leaves = optree.tree_flatten(x)[0], optree.tree_flatten(map(lambda _, leaf: leaf, x, y))[0]
+    parts = [_real_dot(a, b) for a, b in zip(x_leaves, y_leaves, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _real_dot(x: Tensor, y: Tensor) -> Tensor:
+    if x.is_complex() or y.is_complex():
+        return (x.conj() * y).real.sum()
+    return (x * y).sum()
+
+
+def norm(x: Tree, /) -> Tensor:
+    """Return the Euclidean norm, a 0-dim tensor."""
+    return dot(x, x).sqrt()
+
+
+def numel(tree: Tree, /) -> int:
+    """Return how many entries the leaves have together.
+
+    >>> numel({"w": torch.zeros(2, 3), "b": torch.zeros(())})
+    7
+    """
+    return sum(leaf.numel() for leaf in optree.tree_flatten(tree)[0])
+
+
+def zeros_like(tree: Tree, /) -> Tree:
+    """Return the zero vector of a tree's space."""
+    return map(torch.zeros_like, tree)
+
+
+def random_like(tree: Tree, /, *, generator: torch.Generator | None = None) -> Tree:
+    """Return a vector of independent standard normal entries, shaped, typed and placed like `tree`.
+
+    >>> v = random_like({"w": torch.zeros(2, 3)}, generator=torch.Generator().manual_seed(0))
+    >>> v["w"].shape
+    torch.Size([2, 3])
+    """
+
+    def draw(leaf: Tensor) -> Tensor:
+        return torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
+
+    return map(draw, tree)
+
+
+def stack(trees: Sequence[Tree], /) -> Tree:
+    """Stack trees along a new leading axis of every leaf."""
+    return map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def unstack(stacked: Tree, /) -> list[Tree]:
+    """Take a stacked tree apart along its leading axis."""
+    leaves, unflatten = flatten(stacked)
+    return [unflatten(row) for row in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)]
+
+
+def ravel(tree: Tree, /, *, batch_dims: int = 0) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """Return the entries of a tree as one vector, and the function that folds such vectors back.
+
+    Leaves follow one another in the order of `flatten`, in their common dtype, on the first leaf's
+    device. `batch_dims` leading axes of every leaf are kept in front. The inverse takes any number
+    of leading axes and restores each leaf's own dtype and device.
+
+    >>> flat, unravel = ravel({"b": torch.tensor([3.0]), "a": torch.tensor([[1.0, 2.0]])})
+    >>> flat
+    tensor([1., 2., 3.])
+    >>> unravel(flat)["a"]
+    tensor([[1., 2.]])
+    """
+    leaves, unflatten = flatten(tree)
+    dtype, device = common_dtype(tree), leaves[0].device
+    shapes = [leaf.shape[batch_dims:] for leaf in leaves]
+    sizes = [shape.numel() for shape in shapes]
+    kinds = [(leaf.dtype, leaf.device) for leaf in leaves]
+    rows = [
+        leaf.reshape(*leaf.shape[:batch_dims], size).to(dtype=dtype, device=device)
+        for leaf, size in zip(leaves, sizes, strict=True)
+    ]
+
+    def unravel(vector: Tensor) -> Tree:
+        pieces = vector.split(sizes, dim=-1)
+        return unflatten(
+            [
+                piece.reshape(*vector.shape[:-1], *shape).to(dtype=kind[0], device=kind[1])
+                for piece, shape, kind in zip(pieces, shapes, kinds, strict=True)
+            ]
+        )
+
+    return torch.cat(rows, dim=-1), unravel
+
+
+def common_dtype(tree: Tree, /) -> torch.dtype:
+    """Return the dtype to which all leaves promote."""
+    leaves = optree.tree_flatten(tree)[0]
+    dtype: torch.dtype = leaves[0].dtype
+    for leaf in leaves[1:]:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def basis(tree: Tree, start: int, stop: int, /) -> Tree:
+    """Return unit vectors `start` to `stop - 1` of a tree's space, stacked along a leading axis.
+
+    Unit vector `i` is one at entry `i` of `ravel(tree)`.
+
+    >>> basis({"a": torch.zeros(2), "b": torch.zeros(1)}, 1, 3)
+    {'a': tensor([[0., 1.],
+            [0., 0.]]), 'b': tensor([[0.],
+            [1.]])}
+    """
+    leaves, unflatten = flatten(tree)
+    stacked, offset = [], 0
+    for leaf in leaves:
+        block = leaf.new_zeros((stop - start, leaf.numel()))
+        first, last = max(start, offset), min(stop, offset + leaf.numel())
+        if first < last:
+            rows = torch.arange(first - start, last - start, device=leaf.device)
+            block[rows, rows + (start - offset)] = 1
+        stacked.append(block.reshape(stop - start, *leaf.shape))
+        offset += leaf.numel()
+    return unflatten(stacked)
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:
+    """Refuse a tree that cannot be differentiated with respect to.
+
+    Raises
+    ------
+    TypeError
+        A leaf is not a tensor.
+    ValueError
+        There is no leaf, or a leaf is neither of a floating nor of a complex dtype.
+    """
+    leaves, _ = flatten(params)
+    if not leaves:
+        raise ValueError(message(where, f"{name} has no tensor in it", "Give it at least one leaf"))
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                message(
+                    where,
+                    f"every leaf of {name} must be a tensor. At {_place(params, index)} got "
+                    f"{type(leaf).__name__}",
+                    _mend_for_non_tensor(leaf, name),
+                )
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ValueError(
+                message(
+                    where,
+                    f"every leaf of {name} must be of a floating or complex dtype. "
+                    f"At {_place(params, index)} got {leaf.dtype}",
+                    "Pass what is not differentiated as a further argument of the function",
+                )
+            )
+
+
+def check_like(v: Tree, params: Tree, /, where: str, *, name: str = "v", batched: bool = False) -> None:
+    """Refuse a `v` that is not a vector of the space of `params`.
+
+    With `batched`, every leaf of `v` has one more leading axis, of one length for all leaves.
+
+    Raises
+    ------
+    TypeError
+        The structures differ or a leaf is not a tensor.
+    ValueError
+        A leaf has another shape, dtype or device.
+    """
+    mend = f"Build {name} with secorder_func.tree.random_like(params)"
+    if batched:
+        mend = f"Stack vectors with secorder_func.tree.stack([...]) to build {name}"
+    v_leaves, v_spec = optree.tree_flatten(v)
+    leaves, spec = optree.tree_flatten(params)
+    if v_spec != spec:
+        raise TypeError(
+            message(where, f"{name} must have the structure of params. Expected {spec}, got {v_spec}", mend)
+        )
+    rows = None
+    for index, (got, like) in enumerate(zip(v_leaves, leaves, strict=True)):
+        if got is like:
+            continue
+        if not isinstance(got, Tensor):
+            problem = f"expected a tensor, got {type(got).__name__}"
+            raise TypeError(_mismatch(where, name, params, index, problem, mend))
+        shape = got.shape[1:] if batched and got.ndim else got.shape
+        if shape != like.shape or (batched and not got.ndim):
+            expected = f"(k, {', '.join(str(n) for n in like.shape)})" if batched else tuple(like.shape)
+            problem = f"expected shape {expected}, got {tuple(got.shape)}"
+            raise ValueError(_mismatch(where, name, params, index, problem, mend))
+        if batched:
+            rows = got.shape[0] if rows is None else rows
+            if got.shape[0] != rows:
+                problem = f"expected {rows} stacked vectors as in the leaf before, got {got.shape[0]}"
+                raise ValueError(_mismatch(where, name, params, index, problem, mend))
+        for what in ("dtype", "device"):
+            if getattr(got, what) != getattr(like, what):
+                problem = f"expected {what} {getattr(like, what)}, got {getattr(got, what)}"
+                raise ValueError(_mismatch(where, name, params, index, problem, mend))
+
+
+def _mismatch(where: str, name: str, params: Tree, index: int, problem: str, mend: str) -> str:
+    return message(where, f"{name} must match params. At {_place(params, index)} {problem}", mend)
+
+
+def _place(tree: Tree, index: int) -> str:
+    return paths(tree)[index] or "the root"
+
+
+def _mend_for_non_tensor(leaf: Any, name: str) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "Take a module's parameters with dict(module.named_parameters()) or functional_loss"
+    if isinstance(leaf, (bool, int, float, complex)):
+        return f"Make it a tensor, or pass it as a further argument beside {name}"
+    return "Register the class with optree.register_pytree_node if it holds tensors"

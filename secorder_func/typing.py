@@ -1,0 +1,27 @@
+"""The vocabulary of the library's signatures.
+
+A `Tree` is any pytree of tensors that optree knows: a tensor, a dict, a list, a tuple, a named tuple,
+a registered class, nested at will. The aliases document intent; they do not restrict types.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["LossFn", "MatVec", "Mode", "ModelFn", "Tree"]
+
+Tree: TypeAlias = Any
+"""A pytree of tensors."""
+
+LossFn: TypeAlias = Callable[..., Tensor]
+"""`(params, *args, **kwargs) -> scalar`, or `(outputs, targets) -> scalar` beside a `ModelFn`."""
+
+ModelFn: TypeAlias = Callable[[Tree, Any], Tree]
+"""`(params, inputs) -> outputs`."""
+
+MatVec: TypeAlias = Callable[[Tree], Tree]
+"""A linear map from a tree to a tree of the same structure."""
+
+Mode: TypeAlias = Literal["auto", "forward_over_reverse", "reverse_over_reverse"]
+"""How an exact product is differentiated; see `secorder_func.transforms.policy`."""
