@@ -24,6 +24,7 @@ __all__ = [
     "add",
     "axpy",
     "basis",
+    "batched_dot",
     "check_like",
     "check_params",
     "common_dtype",
@@ -79,7 +80,7 @@ def map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
 
 def tensors_in(*trees: Any) -> list[Tensor]:
     """Return the tensors among the leaves of any trees, whatever else they hold."""
-    return [leaf for leaf in optree.tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in flatten(trees)[0] if isinstance(leaf, Tensor)]
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -117,18 +118,40 @@ def dot(x: Tree, y: Tree, /) -> Tensor:
     >>> dot({"a": torch.ones(2), "b": torch.tensor(3.0)}, {"b": torch.tensor(2.0), "a": torch.ones(2)})
     tensor(8.)
     """
-    x_leaves, y_leaves = optree.tree_flatten(x)[0], optree.tree_flatten(map(lambda _, leaf: leaf, x, y))[0]
-    parts = [_real_dot(a, b) for a, b in zip(x_leaves, y_leaves, strict=True)]
+    x_leaves, y_leaves = (
+        optree.tree_flatten(x)[0],
+        optree.tree_flatten(map(lambda _, leaf: leaf, x, y))[0],
+    )
+    parts = [_products(a, b).sum() for a, b in zip(x_leaves, y_leaves, strict=True)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
 
 
-def _real_dot(x: Tensor, y: Tensor) -> Tensor:
+def batched_dot(x: Tree, y: Tree, /) -> Tensor:
+    """Return the real inner products of two stacks of `k` trees, shape `(k,)`, on the first leaf's device.
+
+    >>> batched_dot(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [5.0, 5.0]]))
+    tensor([3., 5.])
+    """
+    x_leaves, y_leaves = flatten(x)[0], flatten(map(lambda _, leaf: leaf, x, y))[0]
+    total: Tensor | None = None
+    for a, b in zip(x_leaves, y_leaves, strict=True):
+        products = _products(a, b)
+        part = products.reshape(a.shape[0], a.shape[1:].numel()).sum(1)
+        total = part if total is None else total + part.to(total.device)
+    assert total is not None
+    return total
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Return the entrywise terms of the real inner product, in float32 for half precision."""
     if x.is_complex() or y.is_complex():
-        return (x.conj() * y).real.sum()
-    return (x * y).sum()
+        return (x.conj() * y).real
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    return x * y
 
 
 def norm(x: Tree, /) -> Tensor:
@@ -279,7 +302,9 @@ def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:
             )
 
 
-def check_like(v: Tree, params: Tree, /, where: str, *, name: str = "v", batched: bool = False) -> None:
+def check_like(
+    v: Tree, params: Tree, /, where: str, *, name: str = "v", batched: bool = False
+) -> None:
     """Refuse a `v` that is not a vector of the space of `params`.
 
     With `batched`, every leaf of `v` has one more leading axis, of one length for all leaves.
@@ -298,7 +323,11 @@ def check_like(v: Tree, params: Tree, /, where: str, *, name: str = "v", batched
     leaves, spec = optree.tree_flatten(params)
     if v_spec != spec:
         raise TypeError(
-            message(where, f"{name} must have the structure of params. Expected {spec}, got {v_spec}", mend)
+            message(
+                where,
+                f"{name} must have the structure of params. Expected {spec}, got {v_spec}",
+                mend,
+            )
         )
     rows = None
     for index, (got, like) in enumerate(zip(v_leaves, leaves, strict=True)):
@@ -309,13 +338,17 @@ def check_like(v: Tree, params: Tree, /, where: str, *, name: str = "v", batched
             raise TypeError(_mismatch(where, name, params, index, problem, mend))
         shape = got.shape[1:] if batched and got.ndim else got.shape
         if shape != like.shape or (batched and not got.ndim):
-            expected = f"(k, {', '.join(str(n) for n in like.shape)})" if batched else tuple(like.shape)
+            expected = (
+                f"(k, {', '.join(str(n) for n in like.shape)})" if batched else tuple(like.shape)
+            )
             problem = f"expected shape {expected}, got {tuple(got.shape)}"
             raise ValueError(_mismatch(where, name, params, index, problem, mend))
         if batched:
             rows = got.shape[0] if rows is None else rows
             if got.shape[0] != rows:
-                problem = f"expected {rows} stacked vectors as in the leaf before, got {got.shape[0]}"
+                problem = (
+                    f"expected {rows} stacked vectors as in the leaf before, got {got.shape[0]}"
+                )
                 raise ValueError(_mismatch(where, name, params, index, problem, mend))
         for what in ("dtype", "device"):
             if getattr(got, what) != getattr(like, what):

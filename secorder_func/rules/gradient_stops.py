@@ -6,6 +6,8 @@ second derivatives silently.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,12 @@ from secorder_func.rules.registry import Rules, repairs
 
 __all__: list[str] = []
 
+_DATA: Any = torch.Tensor.data
+
 
 @repairs(
-    torch._C._set_grad_enabled, because="no_grad does not stop forward mode, pytorch#78961, pytorch#128600"
+    torch._C._set_grad_enabled,
+    because="no_grad does not stop forward mode, pytorch#78961, pytorch#128600",
 )
 def _set_grad_enabled(rules: Rules, mode: bool) -> None:
     torch._C._set_grad_enabled(mode)
@@ -23,6 +28,6 @@ def _set_grad_enabled(rules: Rules, mode: bool) -> None:
         torch._C._set_fwd_grad_enabled(mode)
 
 
-@repairs(torch.Tensor.data.__get__, because=".data leaks derivatives of functorch levels, pytorch#128600")
+@repairs(_DATA, because=".data leaks derivatives of functorch levels, pytorch#128600")
 def _data(rules: Rules, tensor: Tensor) -> Tensor:
     return tensor.detach()

@@ -12,7 +12,9 @@ from secorder_func.rules.registry import Rules, repairs
 __all__: list[str] = []
 
 
-@repairs(F.mse_loss, because="the mean fails forward over reverse on a constant target, pytorch#123996")
+@repairs(
+    F.mse_loss, because="the mean fails forward over reverse on a constant target, pytorch#123996"
+)
 def _mse_loss(
     rules: Rules,
     input: Tensor,

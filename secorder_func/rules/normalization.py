@@ -55,7 +55,7 @@ def _batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if not rules.higher:  # the output of training mode does not depend on the running statistics
         return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-    F._verify_batch_size(input.size())
+    F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     others = (0, *range(2, input.ndim))
     return _per_channel(_standardised(input, others, eps), weight, bias)
 
@@ -76,7 +76,7 @@ def _instance_norm(
         return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if not rules.higher:
         return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-    F._verify_spatial_size(input.size())
+    F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
     return _per_channel(_standardised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 

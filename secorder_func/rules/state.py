@@ -1,7 +1,7 @@
 """What a loss writes while it is differentiated must not outlive the evaluation.
 
-`Shadows` gives an in-place operation on a captured tensor (a module's buffer, a user's counter) a copy to work on, which
-stands in for the original until the evaluation ends. `module_attributes_restored` puts back what modules
+`Shadows` gives an in-place operation on a captured tensor (a module's buffer, a user's counter) a copy to work on,
+which stands in for the original until the evaluation ends. `module_attributes_restored` puts back what modules
 assign to their own attributes, which would otherwise keep dead functorch wrappers.
 """
 
@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,12 +23,25 @@ __all__ = ["Shadows", "module_attributes_restored"]
 
 _DUNDER_WRITES = frozenset(
     f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
 ) | {"__setitem__"}
 _NOT_WRITES = frozenset({"requires_grad_", "retain_grad_", "share_memory_"})
 
 
-@lru_cache(maxsize=None)
+@cache
 def writes_first_argument(function: Callable[..., Any]) -> bool:
     """Say whether a torch function writes its first argument in place, by torch's naming rule."""
     name = getattr(function, "__name__", "")
@@ -83,13 +96,22 @@ def _current_level() -> int:
     return -1 if level is None else level
 
 
+def _everything(tensor: Tensor) -> bool:
+    return True
+
+
 @contextmanager
-def module_attributes_restored(is_captured: Callable[[Tensor], bool]) -> Iterator[None]:
+def module_attributes_restored(
+    is_captured: Callable[[Tensor], bool] = _everything,
+) -> Iterator[None]:
     """Put back, on exit, the attributes and buffers that modules called inside assigned to themselves.
 
-    A buffer's reference is put back only if what stands there was made inside: `functional_call` puts its
-    own back, and before this does.
+    A buffer's reference is put back only if what stands there is not captured, that is, was made inside:
+    `functional_call` puts its own back, and before this does.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     before: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
     thread = threading.get_ident()
 
@@ -110,12 +132,12 @@ def module_attributes_restored(is_captured: Callable[[Tensor], bool]) -> Iterato
                     module._buffers[name] = was
 
 
+_MISSING = object()
+
+
 def _restore(namespace: dict[str, Any], before: dict[str, Any]) -> None:
     for name in [name for name in namespace if name not in before]:
         del namespace[name]
     for name, value in before.items():
         if namespace.get(name, _MISSING) is not value:
             namespace[name] = value
-
-
-_MISSING = object()

@@ -1,0 +1,7 @@
+"""Function transforms: a scalar function becomes the product with its curvature."""
+
+from secorder_func.transforms.finite_difference import finite_difference_hvp
+from secorder_func.transforms.gauss_newton import ggnvp
+from secorder_func.transforms.hessian import hvp, hvp_and_grad
+
+__all__ = ["finite_difference_hvp", "ggnvp", "hvp", "hvp_and_grad"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.func import grad, jvp, vjp
 
 from secorder_func import tree
-from secorder_func.transforms.loss import FlatLoss, Leaves, LeafLoss, flat_loss
+from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,
@@ -17,6 +17,7 @@ from secorder_func.transforms.policy import (
     forward_mode_lock,
     routes_for,
 )
+from secorder_func.transforms.torch_func import grad, jvp_aux, vjp_aux
 from secorder_func.typing import LossFn, Mode, Tree
 
 __all__ = ["Product", "forward_over_reverse", "hvp", "hvp_and_grad", "reverse_over_reverse"]
@@ -137,7 +138,7 @@ def _product(
         return reverse_over_reverse(leaf_loss, loss.leaves, vector, differentiable=outside)
 
     _, result = first_exact(
-        [(route, lambda route=route: compute(route)) for route in routes_for(mode, outside=outside)],
+        [(route, partial(compute, route)) for route in routes_for(mode, outside=outside)],
         where=where,
         tensors=loss.leaves,
         eager=lambda: loss.evaluate(loss.leaves),
@@ -148,7 +149,7 @@ def _product(
 def forward_over_reverse(loss: LeafLoss, leaves: Leaves, vector: Leaves) -> Product:
     """Return `jvp(grad(loss))`."""
     with forward_mode_lock():
-        gradient, hv, aux = jvp(grad(loss, has_aux=True), (leaves,), (vector,), has_aux=True)
+        gradient, hv, aux = jvp_aux(grad(loss, has_aux=True), (leaves,), (vector,))
     return Product(hv, gradient, aux)
 
 
@@ -156,7 +157,7 @@ def reverse_over_reverse(
     loss: LeafLoss, leaves: Leaves, vector: Leaves, *, differentiable: bool
 ) -> Product:
     """Return `vjp(grad(loss))`, with a graph of its own only if `differentiable`."""
-    gradient, pullback, aux = vjp(grad(loss, has_aux=True), leaves, has_aux=True)
+    gradient, pullback, aux = vjp_aux(grad(loss, has_aux=True), leaves)
     with torch.set_grad_enabled(differentiable):
         (hv,) = pullback(vector)
     return Product(hv, gradient, aux)

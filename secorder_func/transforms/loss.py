@@ -75,7 +75,13 @@ class FlatLoss:
 
 
 def flat_loss(
-    f: LossFn, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_aux: bool, where: str
+    f: LossFn,
+    params: Tree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+    where: str,
 ) -> FlatLoss:
     """Bind everything but the leaves of `params`, which are checked."""
     tree.check_params(params, where)
@@ -104,7 +110,9 @@ def checked_scalar(loss: Any, where: str) -> Tensor:
     if not loss.is_floating_point():
         raise ValueError(
             message(
-                where, f"the loss must be real and floating, got {loss.dtype}", "Take .real or .abs() of it"
+                where,
+                f"the loss must be real and floating, got {loss.dtype}",
+                "Take .real or .abs() of it",
             )
         )
     return torch.reshape(loss, ())

@@ -1,11 +1,12 @@
 """Which exact route a product takes.
 
-| mode | what it is | where it fails |
-|---|---|---|
-| `"auto"` | `jvp(grad(f))`; `vjp(grad(f))` where that has no right rule, or where the product itself is differentiated | raises the loss's own error, else `NoExactRouteError` |
-| `"forward_over_reverse"` | `jvp(grad(f))`, the definition | raises |
-| `"reverse_over_reverse"` | `vjp(grad(f))`, the same product because the Hessian is symmetric | raises |
+- `"forward_over_reverse"` is `jvp(grad(f))`, the definition.
+- `"reverse_over_reverse"` is `vjp(grad(f))`, the same product because the Hessian is symmetric.
+- `"auto"`, the default, takes the first; the second where the first has no right rule in torch for some function of
+  the loss, or where the product itself is differentiated.
 
+A named mode is used or raises. When no route is left, the loss's own error is raised if it has one, else
+`NoExactRouteError`.
 Only `"auto"` ever changes the route, to another exact one, and says so with a `CurvatureFallbackWarning`
 where it was forced to. It looks at the functions of the loss and at who differentiates the product, never at
 a clock, so the same call always takes the same route.
@@ -66,7 +67,9 @@ def differentiated_outside(*trees: Any) -> bool:
     tensors = tree.tensors_in(*trees)
     if torch.compiler.is_compiling():  # Dynamo cannot look at the stack of transforms
         functorch_active: bool = torch._C._are_functorch_transforms_active()
-        return functorch_active or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        return functorch_active or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        )
     stack = _functorch.get_interpreter_stack() or ()
     if any(level.key() in _DIFFERENTIATING for level in stack):
         return True
@@ -134,9 +137,15 @@ def first_exact(
 
 
 def _warn(where: str, failures: list[tuple[str, RuntimeError]], name: str) -> None:
-    cause = "; ".join(f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures)
+    cause = "; ".join(
+        f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures
+    )
     warnings.warn(
-        message(where, cause, f"Took {name} instead, which is exact too; name it with mode= to silence this"),
+        message(
+            where,
+            cause,
+            f"Took {name} instead, which is exact too; name it with mode= to silence this",
+        ),
         CurvatureFallbackWarning,
         stacklevel=4,
     )

@@ -1,0 +1,15 @@
+"""Numbers from operators: algorithms that know products and trees, and nothing of losses or derivatives."""
+
+from secorder_func.algorithms import probes
+from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal
+from secorder_func.algorithms.estimate import Estimate
+from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
+
+__all__ = [
+    "Estimate",
+    "exact_diagonal",
+    "exact_trace",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "probes",
+]

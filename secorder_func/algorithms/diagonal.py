@@ -1,0 +1,125 @@
+"""Diagonals of operators: estimated, and exact."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.algorithms.estimate import Estimate, check_num_matvecs
+from secorder_func.algorithms.probes import Distribution, draw_seed, rademacher
+from secorder_func.operators import LinearOperator
+from secorder_func.operators.linear_operator import chunks, default_chunk_size
+from secorder_func.typing import Tree
+
+__all__ = ["exact_diagonal", "hutchinson_diagonal"]
+
+
+def hutchinson_diagonal(
+    op: LinearOperator,
+    num_matvecs: int,
+    /,
+    *,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+    distribution: Distribution = rademacher,
+) -> Estimate:
+    r"""Estimate the diagonal as the mean of `v * A v` over random probes.
+
+    Parameters
+    ----------
+    op, num_matvecs, generator, chunk_size, distribution
+        As for `hutchinson_trace`.
+
+    Returns
+    -------
+    Estimate
+        Value and standard error are trees like `op.like`; unbiased.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `hutchinson_trace`.
+
+    Notes
+    -----
+    With Rademacher probes the variance of entry `i` for one probe is the sum of squares of row `i` off the diagonal.
+    Mean and spread are accumulated, so that memory does not grow with the number of probes.
+
+    References
+    ----------
+    C. Bekas, E. Kokiopoulou, Y. Saad, An estimator for the diagonal of a matrix, Applied Numerical Mathematics 57,
+    2007. https://doi.org/10.1016/j.apnum.2007.01.003
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hessian_operator, hutchinson_diagonal
+    >>> op = hessian_operator(lambda p: (p**3).sum(), torch.tensor([1.0, 2.0]))
+    >>> hutchinson_diagonal(op, 2).value
+    tensor([ 6., 12.])
+    """
+    check_num_matvecs(num_matvecs, "hutchinson_diagonal")
+    op.require_real("hutchinson_diagonal")
+    seed = draw_seed(generator)
+    size = default_chunk_size(op.shape[0]) if chunk_size is None else chunk_size
+    mean = spread = None  # spread: sum of squared deviations from the mean
+    done = 0
+    for rows in chunks(num_matvecs, size):
+        vectors = distribution(seed, range(rows.start, rows.stop), op.like)
+        samples = tree.map(torch.mul, vectors, op.mm(vectors))
+        count = rows.stop - rows.start
+        chunk_mean = tree.map(lambda x: x.mean(0), samples)
+        chunk_spread = tree.map(lambda x: (x - x.mean(0)).square().sum(0), samples)
+        if mean is None:
+            mean, spread = chunk_mean, chunk_spread
+        else:  # Chan, Golub and LeVeque's pairwise update
+            apart = tree.sub(chunk_mean, mean)
+            mean = tree.axpy(count / (done + count), apart, mean)
+            between = tree.scale(done * count / (done + count), tree.map(torch.square, apart))
+            spread = tree.add(tree.add(spread, chunk_spread), between)
+        done += count
+    return Estimate(mean, _standard_error(spread, num_matvecs), num_matvecs)
+
+
+def _standard_error(spread: Tree, count: int) -> Tree:
+    if count == 1:
+        return tree.map(lambda leaf: torch.full_like(leaf, math.inf), spread)
+    return tree.map(lambda leaf: leaf.detach().sqrt() / math.sqrt(count * (count - 1)), spread)
+
+
+def exact_diagonal(op: LinearOperator, /, *, chunk_size: int | None = None) -> Tree:
+    """Return the diagonal, a tree like `op.like`, by one product for every entry, `chunk_size` at a time.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import exact_diagonal, hessian_operator
+    >>> exact_diagonal(hessian_operator(lambda p: p["a"] ** 2 * p["b"], {"a": torch.ones(()), "b": torch.ones(())}))
+    {'a': tensor(2.), 'b': tensor(0.)}
+    """
+    op.require_real("exact_diagonal")
+    n = op.shape[0]
+    size = default_chunk_size(n) if chunk_size is None else chunk_size
+    parts: list[list[Tensor]] = [[] for _ in tree.flatten(op.like)[0]]
+    for rows in chunks(n, size):
+        products, _ = tree.flatten(op.mm(tree.basis(op.like, rows.start, rows.stop)))
+        offset = 0
+        for part, product in zip(parts, products, strict=True):
+            entries = product.reshape(product.shape[0], product.shape[1:].numel())
+            first, last = max(rows.start, offset), min(rows.stop, offset + entries.shape[1])
+            if first < last:
+                inner = entries[
+                    first - rows.start : last - rows.start, first - offset : last - offset
+                ]
+                part.append(inner.diagonal())
+            offset += entries.shape[1]
+    leaves, unflatten = tree.flatten(op.like)
+    return unflatten(
+        [
+            torch.cat(part).reshape(leaf.shape) if part else torch.zeros_like(leaf)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+    )

@@ -1,0 +1,120 @@
+"""From an `nn.Module` to pure functions of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from secorder_func.errors import message
+from secorder_func.rules.state import module_attributes_restored
+from secorder_func.typing import ModelFn
+
+__all__ = ["functional_loss", "functional_model"]
+
+Params = dict[str, Tensor]
+
+
+def functional_loss(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]
+) -> tuple[Callable[[Params, Any, Any], Tensor], Params]:
+    """Return `f(params, inputs, targets) = loss_fn(model(inputs), targets)` and the parameters.
+
+    Parameters
+    ----------
+    model
+        Any module. A tuple of inputs is spread over its positional arguments, a mapping over its keywords.
+    loss_fn
+        `loss_fn(outputs, targets) -> loss` with one element. Sum or mean is its choice.
+
+    Returns
+    -------
+    f : Callable
+        `(params, inputs, targets) -> loss`.
+    params : dict of str to Tensor
+        The parameters with `requires_grad`, by the names of `named_parameters()`, tied ones once, detached (they share
+        memory with the model's). Frozen parameters and buffers stay in the model, where `f` reads their
+        present values. The model's training or evaluation mode, too, is read when `f` runs.
+
+    Raises
+    ------
+    ValueError
+        No parameter requires a gradient.
+
+    Notes
+    -----
+    `f` leaves the model as it was: it works on copies of the buffers, so that running statistics do not move, and what
+    modules assign to their own attributes is put back.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import functional_loss, hvp, tree
+    >>> model = torch.nn.Linear(3, 2)
+    >>> f, params = functional_loss(model, torch.nn.functional.cross_entropy)
+    >>> inputs, targets = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
+    >>> hv = hvp(f)(params, tree.zeros_like(params), inputs, targets)
+    >>> {name: tuple(h.shape) for name, h in hv.items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    model_fn, params = _functional(model, "functional_loss")
+
+    def f(params: Params, inputs: Any, targets: Any) -> Tensor:
+        return loss_fn(model_fn(params, inputs), targets)
+
+    return f, params
+
+
+def functional_model(model: nn.Module) -> tuple[ModelFn, Params]:
+    """Return `model_fn(params, inputs) -> outputs` and the parameters, as `functional_loss` does.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import functional_model
+    >>> model_fn, params = functional_model(torch.nn.Linear(3, 2))
+    >>> model_fn(params, torch.zeros(4, 3)).shape
+    torch.Size([4, 2])
+    """
+    return _functional(model, "functional_model")
+
+
+def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(message(where, f"model must be an nn.Module, got {type(model).__name__}"))
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            message(
+                where,
+                "the parameters of a ScriptModule cannot be exchanged from Python",
+                "Pass the nn.Module that it was made from",
+            )
+        )
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(
+            message(
+                where,
+                "no parameter of the model requires a gradient",
+                "Call requires_grad_() on some",
+            )
+        )
+
+    def model_fn(params: Params, inputs: Any) -> Any:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args, kwargs = _arguments(inputs)
+        with module_attributes_restored():
+            return functional_call(model, {**params, **buffers}, args, kwargs)
+
+    return model_fn, params
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    return (inputs,), {}

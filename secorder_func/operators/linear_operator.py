@@ -1,0 +1,298 @@
+"""The one operator class: a square matrix known by its products with vectors of a pytree's space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.errors import MissingExtraError, message
+from secorder_func.typing import MatVec, Tree
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+__all__ = ["LinearOperator", "chunks"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LinearOperator:
+    """A square linear map from the space of a pytree to itself, given by its product.
+
+    Parameters
+    ----------
+    matvec
+        The product with one vector, a tree like `like`.
+    like
+        A member of the space: structure, shapes, dtypes and devices are read off it, its values are not used.
+    matmat
+        The product with several vectors at once: a tree with one more leading axis on every leaf, to the same. Without
+        it `mm` multiplies one by one.
+    quadratic
+        The numbers `v_k . A v_k` of such a stack, shape `(k,)`, if they can be had for less than products.
+    symmetric
+        Whether the matrix is symmetric. Algorithms that need symmetry check this.
+    mode
+        By which exact route the products are computed; None where that has no meaning.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import LinearOperator
+    >>> double = LinearOperator(lambda v: {"a": 2 * v["a"]}, like={"a": torch.zeros(2)})
+    >>> (double + 3 * double.damped(1.0)) @ {"a": torch.tensor([1.0, 0.0])}
+    {'a': tensor([11.,  0.])}
+    >>> double.dense()
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+
+    matvec: MatVec
+    like: Tree
+    matmat: MatVec | None = None
+    quadratic: Callable[[Tree], Tensor] | None = None
+    symmetric: bool = True
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        tree.check_params(self.like, "LinearOperator", name="like")
+
+    # ------------------------------------------------------------------------------ what it is
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        n = tree.numel(self.like)
+        return (n, n)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which all leaves promote, that of `dense()` and `flat()`."""
+        return tree.common_dtype(self.like)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first leaf, that of `dense()` and `flat()`."""
+        device: torch.device = tree.flatten(self.like)[0][0].device
+        return device
+
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        leaves = len(tree.flatten(self.like)[0])
+        mode = "" if self.mode is None else f", mode={self.mode!r}"
+        return f"LinearOperator({n} x {n}, {leaves} leaves, {self.dtype}, {self.device}{mode})"
+
+    # -------------------------------------------------------------------------------- products
+
+    def __matmul__(self, v: Tree) -> Tree:
+        """Return the product with one vector."""
+        tree.check_like(v, self.like, "LinearOperator @ v")
+        return self.matvec(v)
+
+    def mm(self, vectors: Tree, /, *, chunk_size: int | None = None) -> Tree:
+        """Return the products with `k` stacked vectors, `chunk_size` at a time (all at once by default).
+
+        Every leaf of `vectors` and of the result has a leading axis of length `k`. Memory grows with the chunk.
+        """
+        tree.check_like(vectors, self.like, "LinearOperator.mm", name="vectors", batched=True)
+        count = tree.flatten(vectors)[0][0].shape[0]
+        if count == 0:
+            return vectors
+        parts = [
+            self._mm(tree.map(lambda leaf, rows=rows: leaf[rows], vectors))
+            for rows in chunks(count, chunk_size)
+        ]
+        return parts[0] if len(parts) == 1 else tree.map(lambda *rows: torch.cat(rows), *parts)
+
+    def _mm(self, vectors: Tree) -> Tree:
+        if self.matmat is not None:
+            return self.matmat(vectors)
+        return tree.stack([self.matvec(v) for v in tree.unstack(vectors)])
+
+    def quadratic_forms(self, vectors: Tree, /) -> Tensor:
+        """Return `v_k . A v_k` of `k` stacked vectors, shape `(k,)`, real."""
+        tree.check_like(
+            vectors, self.like, "LinearOperator.quadratic_forms", name="vectors", batched=True
+        )
+        if self.quadratic is not None:
+            return self.quadratic(vectors)
+        return tree.batched_dot(vectors, self._mm(vectors))
+
+    # ------------------------------------------------------------------------------ arithmetic
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        """Return the sum with another operator on the same space."""
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        tree.check_like(other.like, self.like, "LinearOperator + other", name="other")
+        both = None
+        if self.matmat is not None and other.matmat is not None:
+            both = _sum_of(self.matmat, other.matmat)
+        return LinearOperator(
+            matvec=_sum_of(self.matvec, other.matvec),
+            like=self.like,
+            matmat=both,
+            symmetric=self.symmetric and other.symmetric,
+            mode=self.mode if self.mode == other.mode else None,
+        )
+
+    def __mul__(self, factor: Any) -> LinearOperator:
+        """Return the operator scaled by a real number or 0-dim tensor."""
+        if not isinstance(factor, (int, float)) and not (
+            isinstance(factor, Tensor) and not factor.ndim
+        ):
+            return NotImplemented
+        quadratic = self.quadratic
+        return replace(
+            self,
+            matvec=_scaled(self.matvec, factor),
+            matmat=None if self.matmat is None else _scaled(self.matmat, factor),
+            quadratic=None if quadratic is None else lambda vectors: quadratic(vectors) * factor,
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        """Return the negative."""
+        return self * -1.0
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        """Return the difference to another operator on the same space."""
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return self + (-other)
+
+    def damped(self, damping: float | Tensor) -> LinearOperator:
+        """Return `A + damping * I`."""
+        quadratic = self.quadratic
+        return replace(
+            self,
+            matvec=_shifted(self.matvec, damping),
+            matmat=None if self.matmat is None else _shifted(self.matmat, damping),
+            quadratic=None
+            if quadratic is None
+            else lambda vectors: quadratic(vectors) + damping * tree.batched_dot(vectors, vectors),
+        )
+
+    # -------------------------------------------------------------------------- representations
+
+    def flat(self) -> LinearOperator:
+        """Return the same matrix on 1-D vectors, entries in the order of `tree.ravel(like)`."""
+        _, unravel = tree.ravel(self.like)
+        matvec, matmat, quadratic = self.matvec, self.matmat, self.quadratic
+
+        def flat_matmat(vectors: Tensor) -> Tensor:
+            assert matmat is not None
+            return tree.ravel(matmat(unravel(vectors)), batch_dims=1)[0]
+
+        return LinearOperator(
+            matvec=lambda vector: tree.ravel(matvec(unravel(vector)))[0],
+            like=torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape[0]),
+            matmat=None if matmat is None else flat_matmat,
+            quadratic=None if quadratic is None else lambda vectors: quadratic(unravel(vectors)),
+            symmetric=self.symmetric,
+            mode=self.mode,
+        )
+
+    def dense(self, *, chunk_size: int | None = None) -> Tensor:
+        """Return the matrix itself, `(n, n)`, at the cost of `n` products, `chunk_size` at a time.
+
+        Raises
+        ------
+        TypeError
+            The space is complex: a Hessian is linear over the reals only, so that no complex matrix represents it.
+        """
+        self.require_real("LinearOperator.dense")
+        n = self.shape[0]
+        size = default_chunk_size(n) if chunk_size is None else chunk_size
+        rows = [
+            tree.ravel(self._mm(tree.basis(self.like, rows.start, rows.stop)), batch_dims=1)[0]
+            for rows in chunks(n, size)
+        ]
+        return (
+            torch.cat(rows).T if rows else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
+        )
+
+    def scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """Return the matrix as a `scipy.sparse.linalg.LinearOperator` on float arrays.
+
+        Vectors are moved to the operator's device and dtype and back; half precision is seen as float32 by SciPy.
+
+        Raises
+        ------
+        MissingExtraError
+            SciPy is not installed.
+        TypeError
+            The space is complex.
+        """
+        try:
+            import numpy as np
+            from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        except ImportError as error:
+            raise MissingExtraError("LinearOperator.scipy", "SciPy", "report") from error
+        self.require_real("LinearOperator.scipy")
+        flat = self.flat()
+        dtype = np.dtype("float64" if self.dtype == torch.float64 else "float32")
+
+        def to_torch(array: Any) -> Tensor:
+            return torch.as_tensor(np.array(array, dtype=dtype)).to(
+                dtype=self.dtype, device=self.device
+            )
+
+        def to_numpy(tensor: Tensor) -> Any:
+            return tensor.detach().cpu().numpy().astype(dtype, copy=False)
+
+        def matvec(array: Any) -> Any:
+            return to_numpy(flat @ to_torch(array.reshape(-1)))
+
+        def matmat(array: Any) -> Any:
+            return to_numpy(flat.mm(to_torch(array.T).contiguous())).T
+
+        return ScipyOperator(
+            self.shape,
+            matvec=matvec,
+            matmat=matmat,
+            rmatvec=matvec if self.symmetric else None,
+            rmatmat=matmat if self.symmetric else None,
+            dtype=dtype,
+        )
+
+    def require_real(self, where: str) -> None:
+        """Refuse a complex space."""
+        if self.dtype.is_complex:
+            raise TypeError(
+                message(
+                    where,
+                    f"the space must be real, got {self.dtype}",
+                    "Make the real and imaginary parts the parameters (torch.view_as_real)",
+                )
+            )
+
+
+def chunks(count: int, size: int | None) -> Iterator[slice]:
+    """Yield the slices that cut `count` items into chunks of `size` (one chunk if None)."""
+    if size is not None and size < 1:
+        raise ValueError(message("chunk_size", f"must be at least 1, got {size}"))
+    step = size or max(1, count)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def default_chunk_size(n: int) -> int:
+    """Return how many vectors of `n` entries to multiply at once: 4 million entries, at most 64 vectors."""
+    return max(1, min(64, 2**22 // max(1, n)))
+
+
+def _sum_of(first: MatVec, second: MatVec) -> MatVec:
+    return lambda v: tree.add(first(v), second(v))
+
+
+def _scaled(product: MatVec, factor: float | Tensor) -> MatVec:
+    return lambda v: tree.scale(factor, product(v))
+
+
+def _shifted(product: MatVec, damping: float | Tensor) -> MatVec:
+    return lambda v: tree.axpy(damping, v, product(v))

@@ -1,0 +1,206 @@
+"""Generalised Gauss-Newton products of a model and a loss, as function transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.errors import message
+from secorder_func.rules import evaluation
+from secorder_func.transforms.loss import Leaves, checked_scalar
+from secorder_func.transforms.policy import (
+    check_mode,
+    differentiated_outside,
+    first_exact,
+    forward_mode_lock,
+    routes_for,
+)
+from secorder_func.transforms.torch_func import grad, jvp, vjp, vjp_aux
+from secorder_func.typing import LossFn, Mode, ModelFn, Tree
+
+__all__ = ["FlatModel", "flat_model", "ggn_forward", "ggn_pullbacks", "ggnvp"]
+
+
+def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callable[..., Tree]:
+    r"""Transform a model and a loss into the product with `G = J^T H_L J`.
+
+    `J` is the Jacobian of `model_fn` in `params`, `H_L` the Hessian of `loss_fn` in the outputs.
+
+    Parameters
+    ----------
+    model_fn
+        `model_fn(params, inputs) -> outputs`; both sides may be trees.
+    loss_fn
+        `loss_fn(outputs, targets) -> loss` with one element. `G` has the unit of this loss, a sum or a mean over
+        samples. `G` is positive semidefinite where the loss is convex in the outputs.
+    mode
+        As for `hvp`: how `J v` and `H_L` are differentiated.
+
+    Returns
+    -------
+    Callable
+        `(params, v, inputs, targets) -> G v`, a tree like `params`.
+
+    Raises
+    ------
+    TypeError, ValueError, NoExactRouteError
+        As for `hvp`; also where an output is not a tensor.
+
+    Notes
+    -----
+    Costs about two gradients. `model_fn` is evaluated once, so that a dropout mask is the same for `J` and `J^T`.
+    Exact for every loss, not only for squared error and cross-entropy; equal to the Hessian where the model is
+    linear in its parameters.
+
+    References
+    ----------
+    N. N. Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural
+    Computation 14(7), 2002. https://doi.org/10.1162/08997660260028683
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import ggnvp
+    >>> model = lambda params, x: x @ params["w"]
+    >>> half_squares = lambda outputs, y: 0.5 * ((outputs - y) ** 2).sum()
+    >>> x, y = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
+    >>> ggnvp(model, half_squares)({"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 0.0])}, x, y)
+    {'w': tensor([2., 2.])}
+    """
+    check_mode(mode, "ggnvp")
+
+    def product(params: Tree, v: Tree, /, inputs: Any, targets: Any) -> Tree:
+        model = flat_model(model_fn, loss_fn, params, inputs, targets, where="ggnvp")
+        tree.check_like(v, params, "ggnvp")
+        vector = tuple(tree.flatten(v)[0])
+        outside = differentiated_outside(params, v, inputs, targets)
+
+        def compute(route: Mode) -> Leaves:
+            if route == "forward_over_reverse":
+                return ggn_forward(model, vector, higher=outside)
+            apply = ggn_pullbacks(model, higher=outside)
+            with torch.set_grad_enabled(outside):
+                return apply(vector)
+
+        _, leaves = first_exact(
+            [(route, partial(compute, route)) for route in routes_for(mode, outside=outside)],
+            where="ggnvp",
+            tensors=model.leaves,
+            eager=lambda: model.eager(),
+        )
+        return model.unflatten(leaves)
+
+    return product
+
+
+@dataclass
+class FlatModel:
+    """A model and its loss with everything but the leaves of `params` bound.
+
+    Only floating and complex outputs are differentiated; other leaves reach the loss as they are.
+    """
+
+    model: Callable[[Leaves], Any]
+    loss: Callable[[Any], Any]
+    leaves: Leaves
+    unflatten: tree.Unflatten
+    where: str
+    _skeleton: tuple[list[Any], tree.Unflatten] | None = None
+
+    def outputs_at(self, *, forward: bool, higher: bool) -> Callable[[Leaves], Leaves]:
+        """Return leaves -> differentiable leaves of the outputs, under the rules."""
+
+        def outputs(leaves: Leaves) -> Leaves:
+            with evaluation(forward=forward, higher=higher):
+                return self._pack(self.model(leaves))
+
+        return outputs
+
+    def loss_at(self, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
+        """Return differentiable leaves of the outputs -> loss, under the rules."""
+
+        def loss(outputs: Leaves) -> Tensor:
+            with evaluation(forward=forward, higher=higher):
+                return checked_scalar(self.loss(self._unpack(outputs)), self.where)
+
+        return loss
+
+    def eager(self) -> object:
+        """Evaluate model and loss plainly."""
+        return self.loss(self.model(self.leaves))
+
+    def _pack(self, outputs: Any) -> Leaves:
+        items, unflatten = tree.flatten(outputs)
+        smooth = [
+            isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in items
+        ]
+        if not any(smooth):
+            given = ", ".join(sorted({type(x).__name__ for x in items})) or "nothing"
+            problem = f"model_fn must return at least one floating tensor, got {given}"
+            raise TypeError(message(self.where, problem))
+        skeleton = [None if keep else x for keep, x in zip(smooth, items, strict=True)]
+        self._skeleton = (skeleton, unflatten)
+        return tuple(x for keep, x in zip(smooth, items, strict=True) if keep)
+
+    def _unpack(self, outputs: Leaves) -> Any:
+        assert self._skeleton is not None
+        items, unflatten = self._skeleton
+        remaining = iter(outputs)
+        return unflatten([next(remaining) if item is None else item for item in items])
+
+
+def flat_model(
+    model_fn: ModelFn, loss_fn: LossFn, params: Tree, inputs: Any, targets: Any, *, where: str
+) -> FlatModel:
+    """Bind everything but the leaves of `params`, which are checked."""
+    tree.check_params(params, where)
+    leaves, unflatten = tree.flatten(params)
+    return FlatModel(
+        model=lambda leaves: model_fn(unflatten(leaves), inputs),
+        loss=lambda outputs: loss_fn(outputs, targets),
+        leaves=tuple(leaves),
+        unflatten=unflatten,
+        where=where,
+    )
+
+
+def ggn_forward(model: FlatModel, vector: Leaves, *, higher: bool) -> Leaves:
+    """Return `J^T H_L J v` with `J v` and `H_L` in forward mode and one evaluation of the model."""
+    outputs_of = model.outputs_at(forward=True, higher=higher)
+
+    def outputs_and_tangents(leaves: Leaves) -> tuple[Leaves, Leaves]:
+        outputs, tangents = jvp(outputs_of, (leaves,), (vector,))
+        return outputs, tangents
+
+    with forward_mode_lock():
+        outputs, pullback, tangents = vjp_aux(outputs_and_tangents, model.leaves)
+        loss = model.loss_at(forward=True, higher=higher)
+        _, cotangents = jvp(grad(loss), (outputs,), (tangents,))
+    with torch.set_grad_enabled(higher):
+        result: Leaves = pullback(cotangents)[0]
+    return result
+
+
+def ggn_pullbacks(model: FlatModel, *, higher: bool) -> Callable[[Leaves], Leaves]:
+    """Return `v -> J^T H_L J v` by three pullbacks in reverse mode, made once.
+
+    `J v` is the pullback of the pullback, which is linear in its cotangent.
+    """
+    outputs, pull = vjp(model.outputs_at(forward=False, higher=higher), model.leaves)
+    zeros = tuple(torch.zeros_like(z) for z in outputs)
+    _, push = vjp(lambda cotangents: pull(cotangents)[0], zeros)
+    _, bend = vjp(grad(model.loss_at(forward=False, higher=higher)), outputs)
+
+    def apply(vector: Leaves) -> Leaves:
+        (tangents,) = push(vector)
+        (cotangents,) = bend(tangents)
+        result: Leaves = pull(cotangents)[0]
+        return result
+
+    return apply

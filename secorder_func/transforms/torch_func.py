@@ -1,0 +1,42 @@
+"""torch.func's derivatives with one return type each, and no more.
+
+torch types the results of `jvp` and `vjp` as unions over `has_aux`; here every function returns one tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.func
+from torch.func import grad
+
+__all__ = ["grad", "jvp", "jvp_aux", "vjp", "vjp_aux"]
+
+Function = Callable[..., Any]
+
+
+def jvp(f: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return `f(*primals)` and its derivative along `tangents`."""
+    output, tangent = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
+    return output, tangent
+
+
+def jvp_aux(
+    f: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any, Any]:
+    """Return the output, its derivative and the auxiliary output of `f(*primals) -> (output, aux)`."""
+    output, tangent, aux = torch.func.jvp(f, primals, tangents, has_aux=True)  # type: ignore[misc]
+    return output, tangent, aux
+
+
+def vjp(f: Function, *primals: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return `f(*primals)` and its pullback, cotangent -> tuple of cotangents of the primals."""
+    output, pullback = torch.func.vjp(f, *primals)  # type: ignore[misc]
+    return output, pullback
+
+
+def vjp_aux(f: Function, *primals: Any) -> tuple[Any, Callable[[Any], Any], Any]:
+    """Return the output, the pullback and the auxiliary output of `f(*primals) -> (output, aux)`."""
+    output, pullback, aux = torch.func.vjp(f, *primals, has_aux=True)  # type: ignore[misc]
+    return output, pullback, aux
