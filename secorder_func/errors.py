@@ -5,7 +5,9 @@ Every message says where it happened, what is wrong, what was expected and given
 
 __all__ = [
     "ArgumentError",
+    "ArgumentTypeError",
     "CurvatureFallbackWarning",
+    "HiddenParameterError",
     "MissingExtraError",
     "NoExactRouteError",
     "message",
@@ -27,10 +29,21 @@ class NoExactRouteError(RuntimeError):
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """A bad argument to a function of `secorder_func.compat`.
+    """A bad argument, or a loss that is not one real number.
 
-    It is both a `ValueError`, which it is by nature, and a `RuntimeError`, which is what torch raised
-    in the package that `compat` replaces.
+    It is both a `ValueError`, which it is by nature, and a `RuntimeError`, which is what torch raises in
+    its place and what code written against `torch_secorder` expects.
+    """
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument, or what a user's function returned, is of the wrong type."""
+
+
+class HiddenParameterError(RuntimeError):
+    """A closure reaches a parameter by a path on which it cannot be exchanged.
+
+    Only plain autograd, which differentiates the parameters where they are, sees such a path.
     """
 
 

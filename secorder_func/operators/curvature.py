@@ -80,7 +80,7 @@ def hessian_operator(
         _in_order(mode, reverse, forward),
         where=where,
         tensors=loss.leaves,
-        eager=lambda: loss.evaluate(loss.leaves),
+        eager=loss.eager,
     )
     return operator_on_leaves(product, params, mode=route)
 

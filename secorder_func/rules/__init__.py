@@ -4,7 +4,14 @@ The transforms and the drop-in evaluate every loss under `evaluation`. A repair 
 its subject, registered with the reason; `REPAIRS` lists them all.
 """
 
-from secorder_func.rules import attention, gradient_stops, losses, normalization, wrong_forward
+from secorder_func.rules import (
+    attention,
+    cut_graphs,
+    gradient_stops,
+    losses,
+    normalization,
+    wrong_forward,
+)
 from secorder_func.rules.mode import SecondOrderRules, evaluation
 from secorder_func.rules.registry import REPAIRS, Repair, WrongForwardRuleError, repairs
 
@@ -14,6 +21,7 @@ __all__ = [
     "SecondOrderRules",
     "WrongForwardRuleError",
     "attention",
+    "cut_graphs",
     "evaluation",
     "gradient_stops",
     "losses",

@@ -30,4 +30,7 @@ def _set_grad_enabled(rules: Rules, mode: bool) -> None:
 
 @repairs(_DATA, because=".data leaks derivatives of functorch levels, pytorch#128600")
 def _data(rules: Rules, tensor: Tensor) -> Tensor:
-    return tensor.detach()
+    alias = tensor.detach()
+    if rules.is_protected(tensor):
+        rules.protect([alias])  # a write to it would reach the parameter
+    return alias

@@ -7,7 +7,7 @@ table of repairs are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ class SecondOrderRules(TorchFunctionMode):
         forward: bool,
         higher: bool,
         exchange: list[tuple[Tensor, Tensor]] | None = None,
+        protect: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.forward = forward
@@ -38,6 +39,15 @@ class SecondOrderRules(TorchFunctionMode):
         self.seen: set[int] = set()
         for original, stand_in in exchange or ():
             self.shadows.replaced[id(original)] = (original, stand_in)
+        self.shadows.protect(protect)
+
+    def is_protected(self, tensor: Tensor) -> bool:
+        """Say whether the loss must not write to a tensor."""
+        return self.shadows.is_protected(tensor)
+
+    def protect(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse writes to tensors."""
+        self.shadows.protect(tensors)
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what a repair calls."""
@@ -99,7 +109,11 @@ def _holds_tensor(result: Any) -> bool:
 
 
 def evaluation(
-    *, forward: bool, higher: bool, exchange: list[tuple[Tensor, Tensor]] | None = None
+    *,
+    forward: bool,
+    higher: bool,
+    exchange: list[tuple[Tensor, Tensor]] | None = None,
+    protect: Sequence[Tensor] = (),
 ) -> AbstractContextManager[SecondOrderRules]:
     """Return the context in which a loss is evaluated once.
 
@@ -111,8 +125,10 @@ def evaluation(
         Derivatives beyond the second may be taken.
     exchange
         Pairs of a tensor and its stand-in.
+    protect
+        Tensors that the loss must not write to: the parameters.
     """
-    rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange)
+    rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange, protect=protect)
     if torch.compiler.is_compiling():
         return rules
     return _guarded(rules)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -62,6 +62,17 @@ class Shadows:
         self.level: int = -1 if torch.compiler.is_compiling() else _current_level()
         self.born: dict[int, weakref.ref[Tensor]] = {}
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self.protected: dict[int, weakref.ref[Tensor]] = {}
+
+    def protect(self, tensors: Iterable[Tensor]) -> None:
+        """Refuse writes to these tensors."""
+        if not torch.compiler.is_compiling():
+            self.protected.update({id(t): weakref.ref(t) for t in tensors})
+
+    def is_protected(self, tensor: Tensor) -> bool:
+        """Say whether writes to a tensor are refused."""
+        known = self.protected.get(id(tensor))
+        return known is not None and known() is tensor
 
     def note_born(self, result: Any) -> None:
         """Remember a result without gradient history, outside functorch."""
@@ -80,6 +91,11 @@ class Shadows:
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """Return the copy that takes the writes to a captured tensor; a tensor of ours as it is."""
+        if self.is_protected(tensor):
+            raise RuntimeError(
+                "the loss writes to a parameter in place, so that it is no function of the parameters; "
+                "write to a copy of it instead"
+            )
         known = self.replaced.get(id(tensor))
         if known is not None:
             return known[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.errors import message
+from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import evaluation
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.policy import (
@@ -92,7 +92,7 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
             [(route, partial(compute, route)) for route in routes_for(mode, outside=outside)],
             where="ggnvp",
             tensors=model.leaves,
-            eager=lambda: model.eager(),
+            eager=model.eager,
         )
         return model.unflatten(leaves)
 
@@ -103,7 +103,8 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
 class FlatModel:
     """A model and its loss with everything but the leaves of `params` bound.
 
-    Only floating and complex outputs are differentiated; other leaves reach the loss as they are.
+    Only floating and complex outputs are differentiated; other leaves reach the loss as they are. `originals` and
+    `verify` are as in `FlatLoss`.
     """
 
     model: Callable[[Leaves], Any]
@@ -111,14 +112,24 @@ class FlatModel:
     leaves: Leaves
     unflatten: tree.Unflatten
     where: str
+    originals: Leaves | None = None
+    verify: Callable[..., None] | None = None
     _skeleton: tuple[list[Any], tree.Unflatten] | None = None
 
     def outputs_at(self, *, forward: bool, higher: bool) -> Callable[[Leaves], Leaves]:
         """Return leaves -> differentiable leaves of the outputs, under the rules."""
 
         def outputs(leaves: Leaves) -> Leaves:
-            with evaluation(forward=forward, higher=higher):
-                return self._pack(self.model(leaves))
+            exchange = (
+                None if self.originals is None else list(zip(self.originals, leaves, strict=True))
+            )
+            with evaluation(
+                forward=forward, higher=higher, exchange=exchange, protect=leaves
+            ) as rules:
+                smooth = self._pack(self.model(leaves))
+                if self.verify is not None:
+                    self.verify(rules, *smooth)
+            return smooth
 
         return outputs
 
@@ -132,8 +143,9 @@ class FlatModel:
         return loss
 
     def eager(self) -> object:
-        """Evaluate model and loss plainly."""
-        return self.loss(self.model(self.leaves))
+        """Evaluate plainly, for the errors of the user's own functions."""
+        with evaluation(forward=False, higher=False, protect=self.originals or self.leaves):
+            return self.loss(self.model(self.leaves))
 
     def _pack(self, outputs: Any) -> Leaves:
         items, unflatten = tree.flatten(outputs)
@@ -143,7 +155,7 @@ class FlatModel:
         if not any(smooth):
             given = ", ".join(sorted({type(x).__name__ for x in items})) or "nothing"
             problem = f"model_fn must return at least one floating tensor, got {given}"
-            raise TypeError(message(self.where, problem))
+            raise ArgumentTypeError(message(self.where, problem))
         skeleton = [None if keep else x for keep, x in zip(smooth, items, strict=True)]
         self._skeleton = (skeleton, unflatten)
         return tuple(x for keep, x in zip(smooth, items, strict=True) if keep)

@@ -141,7 +141,7 @@ def _product(
         [(route, partial(compute, route)) for route in routes_for(mode, outside=outside)],
         where=where,
         tensors=loss.leaves,
-        eager=lambda: loss.evaluate(loss.leaves),
+        eager=loss.eager,
     )
     return loss, result
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.errors import message
-from secorder_func.rules import evaluation
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.rules import SecondOrderRules, evaluation
 from secorder_func.typing import LossFn, Tree
 
 __all__ = ["FlatLoss", "LeafLoss", "checked_scalar", "flat_loss"]
@@ -23,10 +23,21 @@ LeafLoss = Callable[[Leaves], tuple[Tensor, Leaves]]
 
 @dataclass
 class FlatLoss:
-    """A loss `f(params, *args, **kwargs)` with everything but the leaves of `params` bound.
+    """A loss with everything but the leaves of its parameters bound.
 
     `at(forward=..., higher=...)` is the function to differentiate; `aux` puts the auxiliary output of the last
     evaluation together again.
+
+    Attributes
+    ----------
+    evaluate
+        Leaves -> what the user's function returns.
+    leaves
+        Where to differentiate.
+    originals
+        For a closure, which takes no leaves: the tensors that stand for them in it, to be exchanged by identity.
+    verify
+        Called with the rules and the loss after an evaluation, to refuse it.
     """
 
     evaluate: Callable[[Leaves], Any]
@@ -34,25 +45,39 @@ class FlatLoss:
     unflatten: tree.Unflatten
     has_aux: bool
     where: str
+    originals: Leaves | None = None
+    verify: Callable[[SecondOrderRules, Tensor], None] | None = None
     _aux_skeleton: tuple[list[Any], tree.Unflatten] | None = None
 
     def at(self, *, forward: bool, higher: bool) -> LeafLoss:
         """Return the loss under the rules for the derivatives that are taken of it."""
 
         def loss(leaves: Leaves) -> tuple[Tensor, Leaves]:
-            with evaluation(forward=forward, higher=higher):
-                output = self.evaluate(leaves)
-            value, aux = self._split(output)
-            return checked_scalar(value, self.where), self._pack(aux)
+            exchange = (
+                None if self.originals is None else list(zip(self.originals, leaves, strict=True))
+            )
+            with evaluation(
+                forward=forward, higher=higher, exchange=exchange, protect=leaves
+            ) as rules:
+                value, aux = self._split(self.evaluate(leaves))
+                value = checked_scalar(value, self.where)
+                if self.verify is not None:
+                    self.verify(rules, value)
+            return value, self._pack(aux)
 
         return loss
+
+    def eager(self) -> object:
+        """Evaluate plainly, for the errors of the user's own function."""
+        with evaluation(forward=False, higher=False, protect=self.originals or self.leaves):
+            return self.evaluate(self.leaves)
 
     def _split(self, output: Any) -> tuple[Any, Any]:
         if not self.has_aux:
             return output, None
         if not (isinstance(output, tuple) and len(output) == 2):
             given = type(output).__name__
-            raise TypeError(
+            raise ArgumentTypeError(
                 message(
                     self.where,
                     f"with has_aux=True the function must return (loss, aux), got {given}",
@@ -96,11 +121,11 @@ def flat_loss(
 def checked_scalar(loss: Any, where: str) -> Tensor:
     """Return a loss of one element as a 0-dim tensor; refuse anything else."""
     if not isinstance(loss, Tensor):
-        raise TypeError(
+        raise ArgumentTypeError(
             message(where, f"the loss must be a tensor with one element, got {type(loss).__name__}")
         )
     if loss.numel() != 1:
-        raise ValueError(
+        raise ArgumentError(
             message(
                 where,
                 f"the loss must have one element, got shape {tuple(loss.shape)}",
@@ -108,7 +133,7 @@ def checked_scalar(loss: Any, where: str) -> Tensor:
             )
         )
     if not loss.is_floating_point():
-        raise ValueError(
+        raise ArgumentError(
             message(
                 where,
                 f"the loss must be real and floating, got {loss.dtype}",

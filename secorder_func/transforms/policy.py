@@ -25,7 +25,13 @@ from torch import Tensor
 from torch._C import _functorch
 
 from secorder_func import tree
-from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError, message
+from secorder_func.errors import (
+    ArgumentError,
+    CurvatureFallbackWarning,
+    HiddenParameterError,
+    NoExactRouteError,
+    message,
+)
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import Mode
 
@@ -113,8 +119,13 @@ def first_exact(
     state = RandomState.now(tensors)
     failures: list[tuple[str, RuntimeError]] = []
     for name, compute in routes:
+        hidden = any(isinstance(error, HiddenParameterError) for _, error in failures)
+        if hidden and name != "double_backward":
+            continue
         try:
             result = compute()
+        except ArgumentError:
+            raise
         except RuntimeError as error:
             failures.append((name, error))
             state.restore()

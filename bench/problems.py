@@ -1,0 +1,166 @@
+"""The models that everything is measured on, each once.
+
+Attention is written out of matmul and softmax, because the other packages have no second derivative of the fused
+kernels: every candidate, and the gradient that is the unit, evaluates the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder_func import functional_loss
+
+__all__ = ["PROBLEMS", "Problem", "problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a loss and a batch, float32 on the CPU, from a fixed seed."""
+
+    name: str
+    description: str
+    model: nn.Module
+    loss_fn: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    vector: tuple[Tensor, ...]
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @cached_property
+    def functional(self) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+        return functional_loss(self.model, self.loss_fn)
+
+    @cached_property
+    def vector_dict(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip(names, self.vector, strict=True))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def closure(self) -> Tensor:
+        """Return the loss with everything bound, as stateful code has it."""
+        loss: Tensor = self.loss_fn(self.model(self.inputs), self.targets)
+        return loss
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention out of matmul and softmax."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        size = width // self.heads
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * size**-0.5
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    """A small causal language model; logits of all positions in one matrix."""
+
+    def __init__(self, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.blocks(self.tokens(ids) + self.positions)
+        return self.head(self.norm(x)).flatten(0, 1)
+
+
+def _problem(
+    name: str, description: str, model: nn.Module, inputs: Tensor, classes: int
+) -> Problem:
+    samples = inputs.numel() if not inputs.is_floating_point() else inputs.shape[0]
+    targets = torch.randint(classes, (samples,))
+    vector = tuple(torch.randn_like(p) for p in model.parameters())
+    return Problem(name, description, model, nn.CrossEntropyLoss(), inputs, targets, vector)
+
+
+def tiny() -> Problem:
+    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4))
+    return _problem("tiny", "MLP 10-16-4, tanh, batch 32", model, torch.randn(32, 10), 4)
+
+
+def mlp() -> Problem:
+    model = nn.Sequential(
+        nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)
+    )
+    return _problem("mlp", "MLP 784-512-512-10, tanh, batch 128", model, torch.randn(128, 784), 10)
+
+
+def cnn() -> Problem:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.GELU()),
+        *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GELU()),
+        *(nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.GELU()),
+        *(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)),
+    )
+    description = "CNN, 3 convolutions (32, 64, 64 channels), GELU, 32 images of 32 x 32"
+    return _problem("cnn", description, model, torch.randn(32, 3, 32, 32), 10)
+
+
+def gpt() -> Problem:
+    model = GPT(vocabulary=256, width=128, heads=4, layers=4, length=64)
+    description = "GPT, 4 layers, width 128, 4 heads, 8 x 64 tokens of 256"
+    return _problem("gpt", description, model, torch.randint(256, (8, 64)), 256)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {"tiny": tiny, "mlp": mlp, "cnn": cnn, "gpt": gpt}
+
+
+def problem(name: str) -> Problem:
+    """Return a problem by name, the same numbers every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PROBLEMS[name]()
+
+
+def oracle(given: Problem) -> list[Tensor]:
+    """Return the Hessian-vector product in float64 by plain double backward, which shares no code of ours."""
+    import copy
+
+    model: Any = copy.deepcopy(given.model).double()
+    params = list(model.parameters())
+    inputs = given.inputs.double() if given.inputs.is_floating_point() else given.inputs
+    loss = F.cross_entropy(model(inputs), given.targets)
+    gradient = torch.autograd.grad(loss, params, create_graph=True)
+    return list(torch.autograd.grad(gradient, params, [v.double() for v in given.vector]))

@@ -1,0 +1,149 @@
+"""The documented forms of `params` and `v`, and the form of the result that goes with each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+
+__all__ = ["Leaves", "Vector", "checked_params", "checked_vector", "require_gradients"]
+
+Leaves = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector as one tensor for each parameter, and how to return a result of its form."""
+
+    leaves: Leaves
+    restore: Callable[[Leaves], Tensor | list[Tensor]]
+
+
+def checked_params(params: Any, where: str) -> Leaves:
+    """Return the parameters as a tuple; refuse what is no list of distinct floating tensors."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, dict) or not isinstance(params, Iterable):
+        given = type(params).__name__
+        _refuse_type(
+            where, f"params must be a list of tensors, got {given}", "Pass list(model.parameters())"
+        )
+    leaves = tuple(params)
+    if not leaves:
+        _refuse(where, "params is empty", "Pass list(model.parameters())")
+    places: dict[int, int] = {}
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            _refuse_type(where, f"params[{index}] must be a tensor, got {type(leaf).__name__}")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            _refuse(where, f"params[{index}] must be floating or complex, got {leaf.dtype}")
+        if id(leaf) in places:
+            _refuse(
+                where,
+                f"params[{index}] is the same tensor as params[{places[id(leaf)]}]",
+                "List each parameter once; model.parameters() yields tied parameters once",
+            )
+        places[id(leaf)] = index
+    return leaves
+
+
+def require_gradients(params: Leaves, where: str) -> None:
+    """Refuse parameters that are constants to autograd."""
+    for index, leaf in enumerate(params):
+        if not leaf.requires_grad:
+            _refuse(
+                where,
+                f"params[{index}] has requires_grad=False",
+                "Leave it out of params, or call requires_grad_() on it",
+            )
+
+
+def checked_vector(v: Any, params: Leaves, where: str, name: str = "v") -> Vector:
+    """Return `v`, a tensor, a flat tensor or a list, as one tensor for each parameter."""
+    if isinstance(v, Tensor):
+        if len(params) == 1 and v.shape == params[0].shape:
+            _check_leaf(v, params[0], f"{name}", where)
+            return Vector((v,), lambda leaves: leaves[0])
+        return _flat_vector(v, params, where, name)
+    if isinstance(v, dict) or not isinstance(v, Iterable):
+        given = type(v).__name__
+        _refuse_type(
+            where, f"{name} must be a tensor or a list of tensors, got {given}", _mend(name)
+        )
+    leaves = tuple(v)
+    if len(leaves) != len(params):
+        _refuse(
+            where,
+            f"{name} must have one tensor for each parameter. Expected {len(params)}, got {len(leaves)}",
+            _mend(name),
+        )
+    for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
+        if not isinstance(leaf, Tensor):
+            _refuse_type(
+                where, f"{name}[{index}] must be a tensor, got {type(leaf).__name__}", _mend(name)
+            )
+        _check_leaf(leaf, param, f"{name}[{index}]", where)
+    return Vector(leaves, list)
+
+
+def _flat_vector(v: Tensor, params: Leaves, where: str, name: str) -> Vector:
+    sizes = [param.numel() for param in params]
+    if v.ndim != 1 or v.numel() != sum(sizes):
+        shapes = [tuple(param.shape) for param in params]
+        expected = (
+            f"shape {shapes[0]} or ({sizes[0]},)" if len(params) == 1 else f"shape ({sum(sizes)},)"
+        )
+        _refuse(
+            where,
+            f"{name} is one tensor and must match params of shapes {shapes}. "
+            f"Expected {expected}, got {tuple(v.shape)}",
+            _mend(name),
+        )
+    dtype = params[0].dtype
+    for param in params[1:]:
+        dtype = torch.promote_types(dtype, param.dtype)
+    _check_kind(v, dtype, params[0].device, name, where)
+    leaves = tuple(
+        piece.reshape(param.shape).to(param)
+        for piece, param in zip(v.split(sizes), params, strict=True)
+    )
+
+    def restore(leaves: Leaves) -> Tensor:
+        return torch.cat([leaf.reshape(-1).to(v) for leaf in leaves])
+
+    return Vector(leaves, restore)
+
+
+def _check_leaf(leaf: Tensor, param: Tensor, name: str, where: str) -> None:
+    if leaf.shape != param.shape:
+        problem = f"{name} must match its parameter. Expected shape {tuple(param.shape)}, got {tuple(leaf.shape)}"
+        _refuse(where, problem, _mend("v"))
+    _check_kind(leaf, param.dtype, param.device, name, where)
+
+
+def _check_kind(
+    leaf: Tensor, dtype: torch.dtype, device: torch.device, name: str, where: str
+) -> None:
+    if leaf.dtype != dtype:
+        problem = f"{name} must match params. Expected dtype {dtype}, got {leaf.dtype}"
+        _refuse(where, problem, f"Convert it with {name}.to({dtype})")
+    if leaf.device != device:
+        problem = f"{name} must match params. Expected device {device}, got {leaf.device}"
+        _refuse(where, problem, f"Move it with {name}.to({str(device)!r})")
+
+
+def _mend(name: str) -> str:
+    return f"Build {name} with [torch.randn_like(p) for p in params], or flat with parameters_to_vector"
+
+
+def _refuse(where: str, problem: str, mend: str = "") -> NoReturn:
+    raise ArgumentError(message(where, problem, mend))
+
+
+def _refuse_type(where: str, problem: str, mend: str = "") -> NoReturn:
+    raise ArgumentTypeError(message(where, problem, mend))

@@ -1,0 +1,179 @@
+"""Exact products by plain autograd, on the parameters where they are.
+
+The last resort of a closure, and the way to a result with a graph (`create_graph=True`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.compat._arguments import Leaves
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.rules import evaluation
+from secorder_func.rules.cut_graphs import refuse_cut_history
+from secorder_func.transforms.loss import checked_scalar
+
+__all__ = ["DoubleBackward", "ggn_double_backward", "gradients", "or_zeros"]
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class DoubleBackward:
+    """The product with the Hessian of a closure, by two backward passes.
+
+    The closure is evaluated here, once. Parameters that it does not use get zeros.
+
+    Parameters
+    ----------
+    func, params, where
+        The closure, where to differentiate, the public function for messages.
+    create_graph
+        Whether products can be differentiated again.
+    keep
+        Whether several products are taken.
+    """
+
+    def __init__(
+        self,
+        func: Callable[[], Tensor],
+        params: Leaves,
+        where: str,
+        *,
+        create_graph: bool = False,
+        keep: bool = False,
+    ) -> None:
+        self.params = params
+        self.create_graph = create_graph
+        self.keep = keep or create_graph
+        with _evaluating(params, create_graph):
+            loss = checked_scalar(func(), where)
+        if not loss.requires_grad:
+            raise ArgumentError(
+                message(
+                    where,
+                    "the loss does not depend on any parameter",
+                    "Check what the closure returns",
+                )
+            )
+        refuse_cut_history([loss.grad_fn])
+        self.gradient = gradients([loss], params, create_graph=True)
+        refuse_cut_history([g.grad_fn for g in self.gradient if g is not None and g.requires_grad])
+
+    def __call__(self, vector: Leaves) -> Leaves:
+        """Return the product with one vector."""
+        pairs = _paired(self.gradient, vector)
+        return _pull(pairs, self.params, create_graph=self.create_graph, keep=self.keep)
+
+    def several(self, vectors: Leaves) -> Leaves:
+        """Return the products with vectors stacked along a leading axis."""
+        pairs = _paired(self.gradient, vectors)
+        return _pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
+
+
+def ggn_double_backward(
+    output: Callable[[], Any],
+    loss_of: Callable[[Any], Tensor],
+    params: Leaves,
+    vector: Leaves,
+    where: str,
+    *,
+    create_graph: bool,
+) -> Leaves:
+    """Return `J^T H_L J v`, `J v` as the derivative of the pullback with respect to its cotangent."""
+    with _evaluating(params, create_graph):
+        outputs, smooth = _cloned(output())
+        if not smooth:
+            raise ArgumentTypeError(
+                message(where, "no output of the model is a tensor that depends on its parameters")
+            )
+        loss = checked_scalar(loss_of(outputs), where)
+    if not loss.requires_grad:
+        raise ArgumentError(message(where, "the loss does not depend on the output of the model"))
+    refuse_cut_history([loss.grad_fn, *(z.grad_fn for z in smooth)])
+    cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in smooth)
+    pulled = gradients(smooth, params, cotangents, create_graph=True)
+    tangents = _pull(_paired(pulled, vector), cotangents, create_graph=True)
+    slope = gradients([loss], smooth, create_graph=True)
+    bent = _pull(_paired(slope, tangents), smooth, create_graph=True)
+    return _pull(list(zip(smooth, bent, strict=True)), params, create_graph=create_graph)
+
+
+def _cloned(outputs: Any) -> tuple[Any, Leaves]:
+    """Return the outputs with copies of the differentiable ones, and the copies.
+
+    One output may be computed from another; the loss's derivative in a copy does not run through its siblings.
+    """
+    items, unflatten = tree.flatten(outputs)
+    copies: list[Tensor] = []
+    for index, item in enumerate(items):
+        if isinstance(item, Tensor) and item.requires_grad:
+            items[index] = item.clone()
+            copies.append(items[index])
+    return unflatten(items), tuple(copies)
+
+
+def _evaluating(params: Leaves, create_graph: bool) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(evaluation(forward=False, higher=create_graph, protect=params))
+    return stack
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Leaves, cotangents: Any = None, **options: Any
+) -> list[Tensor | None]:
+    """Return autograd's derivatives, None for an input that no output depends on."""
+    found: Any = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+    return list(found)
+
+
+def or_zeros(found: Sequence[Tensor | None], like: Leaves) -> Leaves:
+    """Return zeros in the place of missing derivatives."""
+    pairs = zip(found, like, strict=True)
+    return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in pairs)
+
+
+def _paired(outputs: Sequence[Tensor | None], cotangents: Leaves) -> Pairs:
+    """Return the pairs whose output has a derivative of its own."""
+    zipped = zip(outputs, cotangents, strict=True)
+    return [(z, v) for z, v in zipped if z is not None and z.requires_grad]
+
+
+def _pull(pairs: Pairs, params: Leaves, *, create_graph: bool, keep: bool = True) -> Leaves:
+    """Return the derivative of `sum(<output, cotangent>)` in `params`, zeros where there is none."""
+    if not pairs:
+        return tuple(torch.zeros_like(p) for p in params)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = gradients(outputs, params, cotangents, retain_graph=keep, create_graph=create_graph)
+    return or_zeros(found, params)
+
+
+def _pull_several(pairs: Pairs, params: Leaves, create_graph: bool, count: int) -> Leaves:
+    """Do the same for `count` cotangents stacked along a leading axis, batched where torch can."""
+    zeros = tuple(p.new_zeros((count, *p.shape)) for p in params)
+    if not pairs:
+        return zeros
+    outputs, cotangents = zip(*pairs, strict=True)
+    try:
+        found = gradients(
+            outputs,
+            params,
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=True,
+        )
+    except RuntimeError:  # no batching rule: one by one
+        rows = [
+            _pull(list(zip(outputs, row, strict=True)), params, create_graph=create_graph)
+            for row in zip(*cotangents, strict=True)
+        ]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return tuple(z if h is None else h for h, z in zip(found, zeros, strict=True))

@@ -1,0 +1,64 @@
+"""Functions whose declared backward cannot be differentiated, and which torch differentiates wrongly all the same.
+
+A backward marked `once_differentiable` returns constants: what depends on saved tensors is silently missing from a
+second derivative. Reentrant checkpointing hides the graph of its segment. Neither has an exact second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._functorch.autograd_function import custom_function_call
+from torch.autograd.function import once_differentiable
+
+from secorder_func.rules.registry import Rules, repairs
+
+__all__ = ["history", "refuse_cut_history"]
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    return getattr(getattr(function, "backward", None), "__code__", None) is _ONCE
+
+
+@repairs(
+    custom_function_call, because="once_differentiable backwards give partial second derivatives"
+)
+def _custom_function_call(rules: Rules, function: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_once_differentiable(function):
+        raise RuntimeError(_no_second_derivative(function.__name__))
+    return custom_function_call(function, *args, **kwargs)
+
+
+def _no_second_derivative(name: str) -> str:
+    return f"the backward of {name} is marked once_differentiable, so it has no second derivative"
+
+
+def refuse_cut_history(roots: Sequence[Any]) -> None:
+    """Raise if a plain autograd history passes a node that cannot be differentiated twice."""
+    for node in history(roots):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and _is_once_differentiable(function):
+            raise RuntimeError(_no_second_derivative(function.__name__))
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "reentrant activation checkpointing hides the graph of its segment; "
+                "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
+        if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
+            raise RuntimeError("a function of the loss cannot be differentiated twice")
+
+
+def history(roots: Sequence[Any]) -> Iterator[torch.autograd.graph.Node]:
+    """Yield every node of the autograd history below `roots` once."""
+    seen, stack = set(roots), list(roots)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
