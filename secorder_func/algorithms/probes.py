@@ -104,6 +104,11 @@ def _mix(words: Tensor) -> Tensor:
     return words ^ _shift(words, 31)
 
 
+def _signed(word: int) -> int:
+    """Return an integer modulo 2**64, as int64 holds it."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
 def _shift(words: Tensor, bits: int) -> Tensor:
     """Shift right and fill with zeros."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
@@ -113,7 +118,7 @@ def _words(seed: int, probes: range, leaf: int, count: int, device: torch.device
     """Return `count` words for each probe and one leaf, `(len(probes), count)`."""
     start = torch.tensor(seed, device=device)
     rows = torch.arange(probes.start, probes.stop, device=device)
-    keys = _mix(_mix(_mix(start) + rows * _GOLDEN) + (leaf + 1) * _LEAF)
+    keys = _mix(_mix(_mix(start) + rows * _GOLDEN) + _signed((leaf + 1) * _LEAF))
     counter = torch.arange(1, count + 1, device=device) * _GOLDEN
     return _mix(keys[:, None] + counter)
 

@@ -2,8 +2,8 @@
 
 The closure runs under the library's rules with every parameter exchanged, by identity, for the value at which it is
 differentiated. What the exchange cannot see (a ScriptModule's parameters, a loss computed before the closure ran or in
-another thread) shows in the loss: a parameter was never met, or the loss has an autograd history that reaches an original.
-Both lead to double backward, which differentiates the originals where they are; never to zeros.
+another thread) shows in the loss: a parameter was never met, or the loss has an autograd history that reaches an
+original. Both lead to double backward, which differentiates the originals where they are; never to zeros.
 """
 
 from __future__ import annotations

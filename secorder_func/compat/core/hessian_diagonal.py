@@ -84,7 +84,7 @@ def model_hessian_diagonal(
     >>> model_hessian_diagonal(model, torch.nn.MSELoss(), x, y)
     [tensor([[2., 8.]]), tensor([2.])]
     """
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     return diagonal(
         lambda: loss_fn(model(inputs), targets),
         params,

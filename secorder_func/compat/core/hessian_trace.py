@@ -57,7 +57,7 @@ def model_hessian_trace(
     >>> model_hessian_trace(model, torch.nn.MSELoss(), x, y)
     tensor(12.)
     """
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     entries = diagonal(
         lambda: loss_fn(model(inputs), targets),
         params,

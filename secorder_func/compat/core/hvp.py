@@ -23,6 +23,7 @@ from secorder_func.compat._closure import (
     hessian_operator_of,
     hessian_product,
 )
+from secorder_func.compat._double_backward import gradients, or_zeros
 from secorder_func.errors import ArgumentError, message
 from secorder_func.transforms.finite_difference import central_difference
 
@@ -65,8 +66,8 @@ def exact_hvp(
     -----
     The closure becomes a pure function by exchanging the parameters; the product is `jvp(grad(f))`, about three
     gradients, then `vjp(grad(f))`, then double backward, where torch cannot do the one before. Parameters, their
-    `.grad`, buffers and module attributes are left bit-identical, also when the closure raises; the random state is left
-    as one plain evaluation leaves it. With `create_graph=True` it is double backward.
+    `.grad`, buffers and module attributes are left bit-identical, also when the closure raises; the random state is
+    left as one plain evaluation leaves it. With `create_graph=True` it is double backward.
 
     Examples
     --------
@@ -121,8 +122,8 @@ def approximate_hvp(
     Notes
     -----
     On smooth losses the relative error is about 1e-9 in float64 and 1e-4 in float32. Where the gradient jumps (ReLU) a
-    difference across a kink measures the jump, which the Hessian does not contain. Random numbers are the same at all points.
-    Parameters are never written to. See `secorder_func.finite_difference_hvp`.
+    difference across a kink measures the jump, which the Hessian does not contain. Random numbers are the same at all
+    points. Parameters are never written to. See `secorder_func.finite_difference_hvp`.
 
     Examples
     --------
@@ -146,10 +147,7 @@ def approximate_hvp(
         value, _ = at_leaves(point)
         if not value.requires_grad:
             return tuple(torch.zeros_like(leaf) for leaf in point)
-        found = torch.autograd.grad(value, point, allow_unused=True)
-        return tuple(
-            torch.zeros_like(p) if g is None else g for g, p in zip(found, point, strict=True)
-        )
+        return or_zeros(gradients([value], point), point)
 
     with torch.inference_mode(False), torch.enable_grad():
         direction = tuple(leaf.detach() for leaf in vector.leaves)
@@ -319,7 +317,7 @@ def hessian_trace(
     op = hessian_operator_of(func, leaves, create_graph=create_graph, where=where)
     distribution = sparse_rademacher(0.1) if sparse else rademacher
     trace: Any = hutchinson_trace(op, num_samples, distribution=distribution).value
-    return trace if create_graph else float(trace)  # type: ignore[no-any-return]
+    return trace if create_graph else float(trace)
 
 
 def _over_model(
