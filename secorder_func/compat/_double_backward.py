@@ -14,7 +14,12 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
-from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NoExactRouteError,
+    message,
+)
 from secorder_func.rules import evaluation
 from secorder_func.rules.cut_graphs import refuse_cut_history
 from secorder_func.transforms.loss import checked_scalar
@@ -51,29 +56,34 @@ class DoubleBackward:
         self.params = params
         self.create_graph = create_graph
         self.keep = keep or create_graph
-        with _evaluating(params, create_graph):
+        with self._under_rules():
             loss = checked_scalar(func(), where)
-        if not loss.requires_grad:
-            raise ArgumentError(
-                message(
-                    where,
-                    "the loss does not depend on any parameter",
-                    "Check what the closure returns",
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    message(
+                        where,
+                        "the loss does not depend on any parameter",
+                        "Check what the closure returns",
+                    )
                 )
-            )
-        refuse_cut_history([loss.grad_fn])
-        self.gradient = gradients([loss], params, create_graph=True)
+            refuse_cut_history([loss.grad_fn])
+            self.gradient = gradients([loss], params, create_graph=True)
         refuse_cut_history([g.grad_fn for g in self.gradient if g is not None and g.requires_grad])
 
     def __call__(self, vector: Leaves) -> Leaves:
         """Return the product with one vector."""
         pairs = _paired(self.gradient, vector)
-        return _pull(pairs, self.params, create_graph=self.create_graph, keep=self.keep)
+        with self._under_rules():
+            return _pull(pairs, self.params, create_graph=self.create_graph, keep=self.keep)
 
     def several(self, vectors: Leaves) -> Leaves:
         """Return the products with vectors stacked along a leading axis."""
         pairs = _paired(self.gradient, vectors)
-        return _pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
+        with self._under_rules():
+            return _pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
+
+    def _under_rules(self) -> AbstractContextManager[Any]:
+        return _evaluating(self.params, self.create_graph)
 
 
 def ggn_double_backward(
@@ -93,15 +103,15 @@ def ggn_double_backward(
                 message(where, "no output of the model is a tensor that depends on its parameters")
             )
         loss = checked_scalar(loss_of(outputs), where)
-    if not loss.requires_grad:
-        raise ArgumentError(message(where, "the loss does not depend on the output of the model"))
-    refuse_cut_history([loss.grad_fn, *(z.grad_fn for z in smooth)])
-    cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in smooth)
-    pulled = gradients(smooth, params, cotangents, create_graph=True)
-    tangents = _pull(_paired(pulled, vector), cotangents, create_graph=True)
-    slope = gradients([loss], smooth, create_graph=True)
-    bent = _pull(_paired(slope, tangents), smooth, create_graph=True)
-    return _pull(list(zip(smooth, bent, strict=True)), params, create_graph=create_graph)
+        if not loss.requires_grad:
+            raise ArgumentError(message(where, "the loss does not depend on the model's output"))
+        refuse_cut_history([loss.grad_fn, *(z.grad_fn for z in smooth)])
+        cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in smooth)
+        pulled = gradients(smooth, params, cotangents, create_graph=True)
+        tangents = _pull(_paired(pulled, vector), cotangents, create_graph=True)
+        slope = gradients([loss], smooth, create_graph=True)
+        bent = _pull(_paired(slope, tangents), smooth, create_graph=True)
+        return _pull(list(zip(smooth, bent, strict=True)), params, create_graph=create_graph)
 
 
 def _cloned(outputs: Any) -> tuple[Any, Leaves]:
@@ -130,7 +140,14 @@ def gradients(
     outputs: Sequence[Tensor], inputs: Leaves, cotangents: Any = None, **options: Any
 ) -> list[Tensor | None]:
     """Return autograd's derivatives, None for an input that no output depends on."""
-    found: Any = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+    try:
+        found: Any = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise NoExactRouteError(
+            f"torch has no derivative here: {cause}. Replace the function that this names; where only the second "
+            "derivative is missing, approximate_hvp estimates the product."
+        ) from error
     return list(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -187,7 +188,15 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
     """
     leaves, unflatten = tree.flatten(params)
     versions = [_version(leaf) for leaf in leaves]
-    stacked = vmap(product, randomness="same")
+    several = vmap(product, randomness="same")
+
+    def stacked(vectors: Leaves) -> Leaves:
+        with warnings.catch_warnings():  # the user did not ask for vmap
+            warnings.filterwarnings(
+                "ignore", message="There is a performance drop", category=UserWarning
+            )
+            result: Leaves = several(vectors)
+        return result
 
     def on_trees(multiply: LeafProduct) -> Callable[[Tree], Tree]:
         def apply(v: Tree) -> Tree:

@@ -6,6 +6,7 @@ its subject, registered with the reason; `REPAIRS` lists them all.
 
 from secorder_func.rules import (
     attention,
+    backward,
     cut_graphs,
     gradient_stops,
     losses,
@@ -21,6 +22,7 @@ __all__ = [
     "SecondOrderRules",
     "WrongForwardRuleError",
     "attention",
+    "backward",
     "cut_graphs",
     "evaluation",
     "gradient_stops",

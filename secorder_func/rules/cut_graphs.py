@@ -13,6 +13,7 @@ import torch
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd.function import once_differentiable
 
+from secorder_func.errors import NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
 __all__ = ["history", "refuse_cut_history"]
@@ -29,7 +30,7 @@ def _is_once_differentiable(function: Any) -> bool:
 )
 def _custom_function_call(rules: Rules, function: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_once_differentiable(function):
-        raise RuntimeError(_no_second_derivative(function.__name__))
+        raise NoExactRouteError(_no_second_derivative(function.__name__))
     return custom_function_call(function, *args, **kwargs)
 
 
@@ -42,14 +43,14 @@ def refuse_cut_history(roots: Sequence[Any]) -> None:
     for node in history(roots):
         function = getattr(node, "_forward_cls", None)
         if function is not None and _is_once_differentiable(function):
-            raise RuntimeError(_no_second_derivative(function.__name__))
+            raise NoExactRouteError(_no_second_derivative(function.__name__))
         if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
+            raise NoExactRouteError(
                 "reentrant activation checkpointing hides the graph of its segment; "
                 "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
             )
         if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
-            raise RuntimeError("a function of the loss cannot be differentiated twice")
+            raise NoExactRouteError("a function of the loss cannot be differentiated twice")
 
 
 def history(roots: Sequence[Any]) -> Iterator[torch.autograd.graph.Node]:

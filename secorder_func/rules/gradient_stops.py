@@ -28,7 +28,7 @@ def _set_grad_enabled(rules: Rules, mode: bool) -> None:
         torch._C._set_fwd_grad_enabled(mode)
 
 
-@repairs(_DATA, because=".data leaks derivatives of functorch levels, pytorch#128600")
+@repairs(_DATA.__get__, because=".data leaks derivatives of functorch levels, pytorch#128600")
 def _data(rules: Rules, tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     if rules.is_protected(tensor):

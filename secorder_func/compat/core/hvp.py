@@ -18,14 +18,12 @@ from secorder_func.compat._arguments import (
     require_gradients,
 )
 from secorder_func.compat._closure import (
-    closure_loss,
     gauss_newton,
     hessian_operator_of,
     hessian_product,
 )
-from secorder_func.compat._double_backward import gradients, or_zeros
+from secorder_func.compat._difference import closure_difference
 from secorder_func.errors import ArgumentError, message
-from secorder_func.transforms.finite_difference import central_difference
 
 __all__ = ["approximate_hvp", "exact_hvp", "gauss_newton_product", "hessian_trace", "model_hvp"]
 
@@ -116,14 +114,14 @@ def approximate_hvp(
     ArgumentError
         As for `exact_hvp`; also `num_samples` below one.
     HiddenParameterError
-        The closure reaches a parameter by a path on which it cannot be exchanged, so that it cannot be moved
-        without being written to.
+        The closure reaches a parameter by a path on which it cannot be moved (a loss computed before it ran).
 
     Notes
     -----
     On smooth losses the relative error is about 1e-9 in float64 and 1e-4 in float32. Where the gradient jumps (ReLU) a
     difference across a kink measures the jump, which the Hessian does not contain. Random numbers are the same at all
-    points. Parameters are never written to. See `secorder_func.finite_difference_hvp`.
+    points. Parameters are never written to; where one hides from the exchange (in a ScriptModule, say), it holds other
+    data during the evaluations, with a `CurvatureFallbackWarning`. See `secorder_func.finite_difference_hvp`.
 
     Examples
     --------
@@ -139,22 +137,10 @@ def approximate_hvp(
     vector = checked_vector(v, leaves, where)
     if num_samples < 1:
         raise ArgumentError(message(where, f"num_samples must be at least 1, got {num_samples}"))
-    loss = closure_loss(func, leaves, where)
-    at_leaves = loss.at(forward=False, higher=False)
-
-    def gradient(point: Leaves) -> Leaves:
-        point = tuple(leaf.detach().requires_grad_() for leaf in point)
-        value, _ = at_leaves(point)
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(leaf) for leaf in point)
-        return or_zeros(gradients([value], point), point)
-
-    with torch.inference_mode(False), torch.enable_grad():
-        direction = tuple(leaf.detach() for leaf in vector.leaves)
-        estimate = central_difference(
-            gradient, loss.leaves, direction, num_steps=num_samples, damping=damping
-        )
-    return vector.restore(tuple(leaf.detach() for leaf in estimate))
+    estimate = closure_difference(
+        func, leaves, vector.leaves, num_steps=num_samples, damping=damping, where=where
+    )
+    return vector.restore(estimate)
 
 
 def model_hvp(
