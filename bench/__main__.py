@@ -56,7 +56,7 @@ def show(result: dict[str, Any]) -> None:
             print(
                 f"  {record['name']:40} {ratio['median']:6.2f} gradients "
                 f"({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}) "
-                f"{ms['median']:8.2f} ms"
+                f"{ms['median']:8.2f} ms{'' if record.get('right', True) else '   WRONG'}"
             )
 
 

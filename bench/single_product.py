@@ -124,7 +124,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
             CANDIDATES,
             lambda result, truth=truth: relative_error(_leaves(result), truth),
             tolerance=1e-4,
-            seconds=2.0 if quick else 45.0,
+            seconds=2.0 if quick else 40.0,
         )
         problems.append(
             {

@@ -1,0 +1,31 @@
+"""What the command line prints and draws. Needs the `report` extra; nothing else imports it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from secorder_func.errors import MissingExtraError
+
+__all__ = ["require_extra"]
+
+_PACKAGES = {
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "scipy": "SciPy",
+}
+
+
+def require_extra(where: str) -> None:
+    """Refuse to start without the packages of the `report` extra.
+
+    Raises
+    ------
+    MissingExtraError
+        One of them is not installed; the message says how to install all.
+    """
+    for module, package in _PACKAGES.items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MissingExtraError(where, package, "report") from error

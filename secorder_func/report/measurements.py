@@ -1,0 +1,298 @@
+"""The numbers of the demonstration: curvature of a model's mean loss, each beside an independent answer.
+
+Pure computations: they print nothing, draw their random vectors from the generator or seed given, and leave the model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from secorder_func import (
+    Estimate,
+    LinearOperator,
+    exact_trace,
+    finite_difference_hvp,
+    functional_model,
+    ggn_operator,
+    hessian_operator,
+    hutchinson_trace,
+    hvp,
+    tree,
+)
+from secorder_func.typing import LossFn, ModelFn
+
+__all__ = [
+    "Distance",
+    "Eigenpair",
+    "Problem",
+    "Spectrum",
+    "TraceConvergence",
+    "block_against_double_backward",
+    "fisher_trace",
+    "gauss_newton_distance",
+    "product_against_differences",
+    "relative_difference",
+    "spectrum",
+    "trace_convergence",
+    "watched",
+]
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and its mean loss on fixed samples.
+
+    Attributes
+    ----------
+    model_fn, loss_fn
+        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples; both also take one
+        sample without its axis.
+    params
+        By name; they share memory with the model's.
+    inputs, targets
+        `(num_samples, ...)`.
+    """
+
+    model_fn: ModelFn
+    loss_fn: LossFn
+    params: Params
+    inputs: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, loss_fn: LossFn, inputs: Tensor, targets: Tensor) -> Problem:
+        """Return the problem of a module at its present parameters."""
+        model_fn, params = functional_model(model)
+        return cls(model_fn, loss_fn, params, inputs, targets)
+
+    def loss(self, params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss over the samples given, or the loss of one."""
+        return self.loss_fn(self.model_fn(params, inputs), targets)
+
+    def hessian(self) -> LinearOperator:
+        """Return the Hessian of the mean loss."""
+        return hessian_operator(self.loss, self.params, self.inputs, self.targets)
+
+    def gauss_newton(self) -> LinearOperator:
+        """Return the Gauss-Newton matrix of the mean loss."""
+        return ggn_operator(self.model_fn, self.loss_fn, self.params, self.inputs, self.targets)
+
+    def frozen(self) -> Problem:
+        """Return the problem with a copy of its parameters, which training does not move."""
+        return replace(self, params={name: p.clone() for name, p in self.params.items()})
+
+
+def relative_difference(value: tree.Tree, reference: tree.Tree) -> float:
+    """Return `|value - reference| / |reference|` of two trees."""
+    return (tree.norm(tree.sub(value, reference)) / tree.norm(reference)).item()
+
+
+def watched(op: LinearOperator, advance: Callable[[int], None]) -> LinearOperator:
+    """Return the same operator, which calls `advance` with the number of products it has just made."""
+
+    def matvec(v: tree.Tree) -> tree.Tree:
+        result = op.matvec(v)
+        advance(1)
+        return result
+
+    def matmat(vectors: tree.Tree) -> tree.Tree:
+        result = op.mm(vectors)
+        advance(tree.flatten(vectors)[0][0].shape[0])
+        return result
+
+    return replace(op, matvec=matvec, matmat=matmat, quadratic=None)
+
+
+# ---------------------------------------------------------------------------------- one product
+
+
+def product_against_differences(problem: Problem, *, generator: torch.Generator) -> float:
+    """Return the relative difference of `hvp` and `finite_difference_hvp` along a random vector."""
+    v = tree.random_like(problem.params, generator=generator)
+    at = (problem.params, v, problem.inputs, problem.targets)
+    return relative_difference(finite_difference_hvp(problem.loss)(*at), hvp(problem.loss)(*at))
+
+
+def block_against_double_backward(
+    problem: Problem, op: LinearOperator, names: Sequence[str]
+) -> tuple[float, int]:
+    """Compare a diagonal block of the Hessian, read off products, with one by double backward.
+
+    Returns
+    -------
+    tuple of float and int
+        The relative difference to `torch.autograd.functional.hessian` and the order of the block.
+    """
+    chosen = {name: problem.params[name] for name in names}
+    flat, unravel = tree.ravel(chosen)
+    size = flat.numel()
+
+    def loss(vector: Tensor) -> Tensor:
+        return problem.loss({**problem.params, **unravel(vector)}, problem.inputs, problem.targets)
+
+    elsewhere = {name: p.new_zeros(size, *p.shape) for name, p in problem.params.items()}
+    products = op.mm({**elsewhere, **tree.basis(chosen, 0, size)}, chunk_size=64)
+    block, _ = tree.ravel({name: products[name] for name in names}, batch_dims=1)
+    reference = torch.autograd.functional.hessian(loss, flat)
+    return relative_difference(block, reference), size
+
+
+# --------------------------------------------------------------------------------- Gauss-Newton
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the Gauss-Newton matrix is from the Hessian along random vectors.
+
+    Attributes
+    ----------
+    relative
+        `|H v - G v| / |H v|`, the mean over vectors.
+    cosine
+        Of the angle between `H v` and `G v`, the mean over vectors.
+    """
+
+    relative: float
+    cosine: float
+
+
+def gauss_newton_distance(
+    hessian: LinearOperator,
+    gauss_newton: LinearOperator,
+    *,
+    num_vectors: int,
+    generator: torch.Generator,
+) -> Distance:
+    """Compare two matrices by their products with the same standard normal vectors."""
+    vectors = tree.stack(
+        [tree.random_like(hessian.like, generator=generator) for _ in range(num_vectors)]
+    )
+    hv, gv = hessian.mm(vectors), gauss_newton.mm(vectors)
+    apart = tree.sub(hv, gv)
+    hv_norms, gv_norms, apart_norms = (tree.batched_dot(x, x).sqrt() for x in (hv, gv, apart))
+    return Distance(
+        relative=(apart_norms / hv_norms).mean().item(),
+        cosine=(tree.batched_dot(hv, gv) / (hv_norms * gv_norms)).mean().item(),
+    )
+
+
+def fisher_trace(problem: Problem, *, chunk_size: int = 128) -> float:
+    """Return the trace of the Fisher matrix of a softmax classifier, from gradients alone.
+
+    It is the squared gradient of the cross-entropy, expected over labels drawn from the model itself and averaged over
+    samples, and equals the trace of the Gauss-Newton matrix of the mean cross-entropy.
+    """
+
+    def squared_gradient(params: Params, inputs: Tensor, label: Tensor) -> Tensor:
+        gradient = grad(problem.loss)(params, inputs, label)
+        return tree.dot(gradient, gradient)
+
+    every_label = vmap(squared_gradient, in_dims=(None, None, 0))
+    every_sample = vmap(every_label, in_dims=(None, 0, None), chunk_size=chunk_size)
+    with torch.no_grad():
+        chances = problem.model_fn(problem.params, problem.inputs).softmax(1)
+        labels = torch.arange(chances.shape[1])
+        squares = every_sample(problem.params, problem.inputs, labels)  # (samples, classes)
+        return (chances * squares).sum(1).mean().item()
+
+
+# --------------------------------------------------------------------------------------- trace
+
+
+@dataclass(frozen=True, eq=False)
+class TraceConvergence:
+    """Estimates of a trace from more and more of the same probes, beside the exact trace.
+
+    Attributes
+    ----------
+    estimates
+        By increasing number of products; each knows its standard error.
+    exact
+        One product for every parameter.
+    """
+
+    estimates: tuple[Estimate, ...]
+    exact: float
+
+    @property
+    def last(self) -> Estimate:
+        """The estimate from all probes."""
+        return self.estimates[-1]
+
+    @property
+    def z_score(self) -> float:
+        """The error of the last estimate in standard errors."""
+        return ((self.last.value - self.exact) / self.last.standard_error).item()
+
+
+def trace_convergence(op: LinearOperator, counts: Sequence[int], *, seed: int) -> TraceConvergence:
+    """Estimate a trace with each of the counts of products, and compute it exactly."""
+    # Probe k depends on the seed and k only, so that a longer estimate continues a shorter one.
+    estimates = [
+        hutchinson_trace(op, count, generator=torch.Generator().manual_seed(seed))
+        for count in counts
+    ]
+    return TraceConvergence(tuple(estimates), exact_trace(op).item())
+
+
+# ------------------------------------------------------------------------------------- spectrum
+
+
+@dataclass(frozen=True)
+class Eigenpair:
+    """An eigenvalue and `|A u - value u|` of its unit vector: some eigenvalue of `A` is that close."""
+
+    value: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The ends of a spectrum.
+
+    Attributes
+    ----------
+    largest
+        In descending order.
+    smallest
+        The most negative.
+    num_matvecs
+        How many products SciPy spent.
+    """
+
+    largest: tuple[Eigenpair, ...]
+    smallest: Eigenpair
+    num_matvecs: int
+
+
+def spectrum(op: LinearOperator, num_largest: int, *, generator: torch.Generator) -> Spectrum:
+    """Return the ends of the spectrum by SciPy's implicitly restarted Lanczos method."""
+    spent = 0
+
+    def count(products: int) -> None:
+        nonlocal spent
+        spent += products
+
+    matrix = watched(op, count).scipy()
+    start = torch.randn(op.shape[0], dtype=op.dtype, generator=generator).numpy()
+    flat = op.flat()
+
+    def pairs(which: str, number: int) -> list[Eigenpair]:
+        values, vectors = eigsh(matrix, k=number, which=which, v0=start)
+        columns = torch.as_tensor(vectors).T
+        found = []
+        for value, u in zip(values.tolist(), columns, strict=True):
+            residual = (flat @ u.contiguous() - value * u).norm() / u.norm()
+            found.append(Eigenpair(value, residual.item()))
+        return sorted(found, key=lambda pair: -pair.value)
+
+    largest, (smallest,) = pairs("LA", num_largest), pairs("SA", 1)
+    return Spectrum(tuple(largest), smallest, spent)

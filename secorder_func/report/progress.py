@@ -1,0 +1,48 @@
+"""Progress of the long parts: bars on a terminal, one line a stage in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["Advance", "Stages"]
+
+Advance: TypeAlias = Callable[[int], None]
+"""Called with how many steps were done since the last call."""
+
+
+class Stages:
+    """The stages of a run, each with a bar while it runs and a line when it has ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first stage could begin."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def stage(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        """Show a stage of `total` steps (None: nobody knows) and yield what counts them."""
+        start = time.perf_counter()
+        bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            # Without a terminal every refresh would be a line of its own.
+            disable=not self._console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(label, total=total)
+            yield lambda steps: bar.advance(task, steps)
+        self._console.print(f"  {label:<68}{time.perf_counter() - start:6.1f} s", highlight=False)

@@ -1,0 +1,340 @@
+"""What closures do besides computing a loss: hide parameters, write state, fail, run elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from secorder_func.compat.core.hessian_diagonal import hessian_diagonal
+from secorder_func.compat.core.hvp import (
+    approximate_hvp,
+    exact_hvp,
+    gauss_newton_product,
+    hessian_trace,
+    model_hvp,
+)
+from secorder_func.errors import (
+    CurvatureFallbackWarning,
+    HiddenParameterError,
+    NoExactRouteError,
+)
+from tests.compat.closures import same, snapshot, stateful
+
+
+def _w() -> Tensor:
+    return torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+
+
+def _v() -> Tensor:
+    return torch.tensor([0.3, 1.0, -2.0], dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------- hidden parameters
+
+
+class _Cube(nn.Module):
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w.detach().clone())
+
+    def forward(self) -> Tensor:
+        return (self.w * self.w * self.w).sum()
+
+
+class _OldStyleCube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class _OnceCube(_OldStyleCube):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class _OnceCubeForTransforms(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def _in_a_thread(compute: Callable[[], Tensor]) -> Tensor:
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(compute()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _hiding(kind: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """Return a closure whose value is the sum of cubes of a parameter hidden from the exchange, and the parameter."""
+    w = _w()
+    early = (w**3).sum()
+    if kind == "scripted":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.script(_Cube(w))
+        return module, next(module.parameters())
+    return {
+        "custom function": lambda: _OldStyleCube.apply(w).sum(),
+        "computed before": lambda: early * 1.0,
+        "half computed before": lambda: 0.5 * early + 0.5 * (w**3).sum(),
+        "in a thread": lambda: _in_a_thread(lambda: (w**3).sum()),
+        "only its shape is read": lambda: early * (w.shape[0] / 3) * (w.numel() / 3),
+    }[kind], w
+
+
+HIDDEN = [
+    "scripted",
+    "custom function",
+    "computed before",
+    "half computed before",
+    "in a thread",
+    "only its shape is read",
+]
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_hidden_parameter_ends_in_double_backward_never_in_zeros(kind: str) -> None:
+    (func, w), v = _hiding(kind), _v()
+    with pytest.warns(CurvatureFallbackWarning, match="double_backward"):
+        product = exact_hvp(func, [w], v)
+    torch.testing.assert_close(product, 6 * w.detach() * v)
+    with pytest.warns(CurvatureFallbackWarning, match="double_backward"):
+        trace = hessian_trace(func, [w], num_samples=2)
+    assert trace == pytest.approx(6 * w.sum().item())
+
+
+@pytest.mark.parametrize("kind", ["scripted", "custom function"])
+def test_differences_move_a_hidden_parameter_without_writing_to_it(kind: str) -> None:
+    (func, w), v = _hiding(kind), _v()
+    storage, before = w.data_ptr(), w.detach().clone()
+    with pytest.warns(CurvatureFallbackWarning, match="cannot be exchanged"):
+        product = approximate_hvp(func, [w], v)
+    torch.testing.assert_close(product, 6 * w.detach() * v, rtol=1e-7, atol=0)
+    assert w.data_ptr() == storage
+    assert torch.equal(w.detach(), before)
+
+
+@pytest.mark.parametrize("kind", ["computed before", "half computed before"])
+def test_differences_refuse_a_loss_that_cannot_move(kind: str) -> None:
+    func, w = _hiding(kind)
+    with pytest.raises(HiddenParameterError, match="computed before the closure ran"):
+        approximate_hvp(func, [w], _v())
+
+
+@pytest.mark.parametrize("function", [_OnceCube, _OnceCubeForTransforms])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_that_cannot_be_differentiated_is_refused(
+    function: Any, create_graph: bool
+) -> None:
+    w, v = _w(), _v()
+
+    def func() -> Tensor:
+        return (function.apply(w) + w**2).sum()
+
+    silent = torch.autograd.grad(func(), w, create_graph=True)[0]
+    partial = torch.autograd.grad(silent, w, v)[0]
+    assert not torch.allclose(partial, (6 * w + 2).detach() * v), "torch mended it: retire the rule"
+    with pytest.raises(NoExactRouteError, match="once_differentiable"):
+        exact_hvp(func, [w], v, create_graph=create_graph)
+    with pytest.warns(CurvatureFallbackWarning):
+        estimate = approximate_hvp(func, [w], v)
+    torch.testing.assert_close(estimate, (6 * w + 2).detach() * v, rtol=1e-7, atol=0)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_mend() -> None:
+    w = _w()
+
+    def func() -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda x: (x**3).sum(), w, use_reentrant=True)
+
+    with pytest.raises(NoExactRouteError, match="use_reentrant=False"):
+        exact_hvp(func, [w], _v())
+
+
+def test_nonreentrant_checkpointing_works_everywhere() -> None:
+    w, v = _w(), _v()
+
+    def func() -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda x: (x**3).sum(), w, use_reentrant=False)
+
+    expected = 6 * w.detach() * v
+    with pytest.warns(CurvatureFallbackWarning):
+        torch.testing.assert_close(exact_hvp(func, [w], v), expected)
+    graph = exact_hvp(func, [w], v, create_graph=True)
+    torch.testing.assert_close(graph.detach(), expected)
+    torch.testing.assert_close(approximate_hvp(func, [w], v), expected, rtol=1e-7, atol=0)
+
+
+def test_a_function_without_second_derivative_is_named() -> None:
+    w = torch.randn(5, 1, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[1, 2]])
+
+    def func() -> Tensor:
+        return F.ctc_loss(F.log_softmax(w, -1), y, [5], [2])
+
+    for create_graph in (False, True):
+        with pytest.raises(NoExactRouteError, match="ctc_loss") as caught:
+            exact_hvp(func, [w], torch.ones_like(w), create_graph=create_graph)
+        assert "finite_difference" in str(caught.value) or "approximate_hvp" in str(caught.value)
+    with pytest.raises(NoExactRouteError, match="ctc_loss"):
+        hessian_trace(func, [w])
+
+
+def test_a_parameter_computed_from_others_is_differentiated_where_it_is() -> None:
+    w, v = _w(), _v()
+    doubled = 2 * w
+    torch.testing.assert_close(
+        exact_hvp(lambda: (doubled**3).sum(), [doubled], v), 6 * doubled.detach() * v
+    )
+
+
+# --------------------------------------------------------------------------- state and failure
+
+
+class _Moody(nn.Module):
+    """A module that writes to a buffer, an attribute and a counter, and may fail afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        self.register_buffer("mean", torch.zeros(3))
+        self.last: Any = None
+        self.calls = 0
+        self.failure: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        self.mean[0] = 7.0
+        self.last = self.inner(x)
+        if self.failure is not None:
+            raise self.failure
+        return self.last
+
+
+class _UserError(RuntimeError):
+    pass
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor, list[Tensor]], Any]] = {
+    "exact_hvp": lambda m, x, y, v: exact_hvp(lambda: F.mse_loss(m(x), y), list(m.parameters()), v),
+    "exact_hvp with a graph": lambda m, x, y, v: exact_hvp(
+        lambda: F.mse_loss(m(x), y), list(m.parameters()), v, create_graph=True
+    ),
+    "approximate_hvp": lambda m, x, y, v: approximate_hvp(
+        lambda: F.mse_loss(m(x), y), list(m.parameters()), v, num_samples=2
+    ),
+    "model_hvp": lambda m, x, y, v: model_hvp(m, F.mse_loss, x, y, v),
+    "gauss_newton_product": lambda m, x, y, v: gauss_newton_product(m, F.mse_loss, x, y, v),
+    "gauss_newton_product with a graph": lambda m, x, y, v: gauss_newton_product(
+        m, F.mse_loss, x, y, v, create_graph=True
+    ),
+    "hessian_trace": lambda m, x, y, v: hessian_trace(
+        lambda: F.mse_loss(m(x), y), list(m.parameters()), 2
+    ),
+    "hessian_diagonal": lambda m, x, y, v: hessian_diagonal(
+        lambda: F.mse_loss(m(x), y), list(m.parameters())
+    ),
+}
+
+
+def _moody() -> tuple[_Moody, Tensor, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    model = _Moody().double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    F.mse_loss(model(x), y).backward()  # there are gradients, which must stay
+    v = [torch.randn_like(p) for p in model.parameters()]
+    return model, x, y, v
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_the_model_writes_does_not_outlive_the_call(name: str) -> None:
+    model, x, y, v = _moody()
+    before = snapshot(model)
+    CALLS[name](model, x, y, v)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "failure", [_UserError("mine"), KeyError("mine"), KeyboardInterrupt("mine")]
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_closure_that_raises_leaves_everything_and_its_own_error(
+    name: str, failure: BaseException
+) -> None:
+    model, x, y, v = _moody()
+    model.failure = failure
+    before = snapshot(model)
+    with pytest.raises(type(failure), match="mine"):
+        CALLS[name](model, x, y, v)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda w: w.data.mul_(2.0), lambda w: torch.no_grad()(w.mul_)(2.0)],
+    ids=["through .data", "under no_grad"],
+)
+@pytest.mark.parametrize("product", [exact_hvp, approximate_hvp])
+def test_a_loss_that_writes_to_a_parameter_is_refused(
+    write: Callable[[Tensor], Any], product: Callable[..., Any]
+) -> None:
+    w = _w()
+    before = w.detach().clone()
+
+    def func() -> Tensor:
+        write(w)
+        return (w**3).sum()
+
+    with pytest.raises(RuntimeError, match="writes to a parameter in place"):
+        product(func, [w], _v())
+    assert torch.equal(w.detach(), before)
+
+
+def test_products_do_not_depend_on_the_callers_grad_mode() -> None:
+    w, v = _w(), _v()
+    expected = 6 * w.detach() * v
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context:
+            product = exact_hvp(lambda: (w**3).sum(), [w], v)
+            estimate = approximate_hvp(lambda: (w**3).sum(), [w], v)
+        torch.testing.assert_close(product, expected)
+        torch.testing.assert_close(estimate, expected, rtol=1e-7, atol=0)
+        assert not product.requires_grad
+
+
+def test_state_of_an_ordinary_training_step_is_undisturbed() -> None:
+    case = stateful("mlp_tanh")
+    case.func().backward()
+    gradients = [p.grad.clone() for p in case.params]
+    exact_hvp(case.func, case.params, case.vector())
+    assert all(torch.equal(p.grad, g) for p, g in zip(case.params, gradients, strict=True))
+    for p in case.params:
+        p.grad = None
