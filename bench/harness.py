@@ -30,8 +30,6 @@ _PACKAGES = (
     "torch",
     "torch-secorder",
     "curvlinops-for-pytorch",
-    "backpack-for-pytorch",
-    "jax",
 )
 
 

@@ -17,8 +17,8 @@ _HEAD = """# Performance
 The unit is one plain gradient, `torch.autograd.grad`, of the same loss on the same machine in the same process,
 so that numbers of different machines can be compared, roughly. Each entry is the median over rounds in which all
 candidates take turns, with the quartiles behind it. Before anything is timed, every candidate's product is compared
-with a double backward in float64; what was wrong says so, and the largest other error stands under the table. Run it with
-`make bench`; the candidates are in `bench/single_product.py`, one function each.
+with a double backward in float64; what was wrong says so, and the largest other error stands under the table. Run it
+with `make bench`; the candidates are in `bench/single_product.py`, one function each.
 """
 
 
@@ -43,9 +43,10 @@ def _single_product(result: dict[str, Any]) -> str:
         if record.get("right")
     )
     lines += ["", f"Largest relative error of the others: {largest:.1g}, in float32.", ""]
+    lines += [line for note in result["notes"] for line in (note, "")]
     lines += ["The gradient itself, in milliseconds: " + _gradients(problems) + ".", ""]
     lines += ["The same in time relative to torch-secorder's `exact_hvp` (below 1 is faster):", ""]
-    lines += [*_table(problems, _against("torch-secorder exact_hvp")), "", ""]
+    lines += [*_table(problems, _against("torch-secorder exact_hvp")), ""]
     return "\n".join(lines)
 
 
@@ -73,7 +74,7 @@ def _in_gradients(record: dict[str, Any]) -> str:
 
 def _against(peer: str) -> Any:
     def cell(record: dict[str, Any]) -> str:
-        ratio = record.get("relative_to_peers", {}).get(peer)
+        ratio = 1.0 if record["name"] == peer else record.get("relative_to_peers", {}).get(peer)
         return "-" if ratio is None else f"{ratio:.2f}"
 
     return cell

@@ -25,7 +25,11 @@ def require_extra(where: str) -> None:
         One of them is not installed; the message says how to install all.
     """
     for module, package in _PACKAGES.items():
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise MissingExtraError(where, package, "report") from error
+        _require(module, package, where)
+
+
+def _require(module: str, package: str, where: str) -> None:
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(where, package, "report") from error

@@ -1,6 +1,7 @@
 """The numbers of the demonstration: curvature of a model's mean loss, each beside an independent answer.
 
-Pure computations: they print nothing, draw their random vectors from the generator or seed given, and leave the model alone.
+Pure computations: they print nothing, draw random vectors from the generator or seed given, and leave the model
+alone.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from secorder_func import (
     hvp,
     tree,
 )
-from secorder_func.typing import LossFn, ModelFn
+from secorder_func.typing import LossFn, ModelFn, Tree
 
 __all__ = [
     "Distance",
     "Eigenpair",
+    "Params",
     "Problem",
     "Spectrum",
     "TraceConvergence",
-    "block_against_double_backward",
     "fisher_trace",
     "gauss_newton_distance",
+    "hessian_block",
     "product_against_differences",
     "relative_difference",
+    "softmax_block",
     "spectrum",
     "trace_convergence",
     "watched",
@@ -53,8 +56,8 @@ class Problem:
     Attributes
     ----------
     model_fn, loss_fn
-        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples; both also take one
-        sample without its axis.
+        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples; both
+        also take one sample without its axis.
     params
         By name; they share memory with the model's.
     inputs, targets
@@ -90,7 +93,7 @@ class Problem:
         return replace(self, params={name: p.clone() for name, p in self.params.items()})
 
 
-def relative_difference(value: tree.Tree, reference: tree.Tree) -> float:
+def relative_difference(value: Tree, reference: Tree) -> float:
     """Return `|value - reference| / |reference|` of two trees."""
     return (tree.norm(tree.sub(value, reference)) / tree.norm(reference)).item()
 
@@ -98,12 +101,12 @@ def relative_difference(value: tree.Tree, reference: tree.Tree) -> float:
 def watched(op: LinearOperator, advance: Callable[[int], None]) -> LinearOperator:
     """Return the same operator, which calls `advance` with the number of products it has just made."""
 
-    def matvec(v: tree.Tree) -> tree.Tree:
+    def matvec(v: Tree) -> Tree:
         result = op.matvec(v)
         advance(1)
         return result
 
-    def matmat(vectors: tree.Tree) -> tree.Tree:
+    def matmat(vectors: Tree) -> Tree:
         result = op.mm(vectors)
         advance(tree.flatten(vectors)[0][0].shape[0])
         return result
@@ -121,28 +124,30 @@ def product_against_differences(problem: Problem, *, generator: torch.Generator)
     return relative_difference(finite_difference_hvp(problem.loss)(*at), hvp(problem.loss)(*at))
 
 
-def block_against_double_backward(
-    problem: Problem, op: LinearOperator, names: Sequence[str]
-) -> tuple[float, int]:
-    """Compare a diagonal block of the Hessian, read off products, with one by double backward.
-
-    Returns
-    -------
-    tuple of float and int
-        The relative difference to `torch.autograd.functional.hessian` and the order of the block.
-    """
+def hessian_block(problem: Problem, op: LinearOperator, names: Sequence[str]) -> Tensor:
+    """Return the block of the Hessian that belongs to some parameters, in the order of `tree.ravel`, from products."""
     chosen = {name: problem.params[name] for name in names}
-    flat, unravel = tree.ravel(chosen)
-    size = flat.numel()
-
-    def loss(vector: Tensor) -> Tensor:
-        return problem.loss({**problem.params, **unravel(vector)}, problem.inputs, problem.targets)
-
+    size = tree.numel(chosen)
     elsewhere = {name: p.new_zeros(size, *p.shape) for name, p in problem.params.items()}
     products = op.mm({**elsewhere, **tree.basis(chosen, 0, size)}, chunk_size=64)
-    block, _ = tree.ravel({name: products[name] for name in names}, batch_dims=1)
-    reference = torch.autograd.functional.hessian(loss, flat)
-    return relative_difference(block, reference), size
+    return tree.ravel({name: products[name] for name in names}, batch_dims=1)[0]
+
+
+def softmax_block(features: Tensor, chances: Tensor) -> Tensor:
+    """Return the Hessian of the mean cross-entropy in the last layer's bias and weight, in closed form.
+
+    It is the mean of `(diag p - p p^T) x (1, h)(1, h)^T`, a Kronecker product, over samples with features `h` and
+    predicted chances `p`; the labels do not enter. The bias comes first, then the rows of the weight.
+    """
+    num_samples, num_classes = chances.shape
+    ones = features.new_ones(num_samples, 1)
+    h = torch.cat([ones, features], 1)
+    outputs = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]
+    blocks = torch.einsum("nab,ni,nj->aibj", outputs, h, h) / num_samples
+    size = num_classes * h.shape[1]
+    places = torch.arange(size).reshape(num_classes, h.shape[1])
+    order = torch.cat([places[:, 0], places[:, 1:].flatten()])
+    return blocks.reshape(size, size)[order][:, order]
 
 
 # --------------------------------------------------------------------------------- Gauss-Newton

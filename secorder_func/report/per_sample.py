@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from secorder_func import hvp, probes, tree
 from secorder_func.report.measurements import Params, Problem, relative_difference
+from secorder_func.typing import Tree
 
 __all__ = [
     "Ranking",
@@ -99,7 +100,7 @@ def exact_sample_traces(
 
 def _forms(
     problem: Problem,
-    vectors: tree.Tree,
+    vectors: Tree,
     inputs: Tensor,
     targets: Tensor,
     advance: Callable[[int], None],

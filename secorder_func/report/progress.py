@@ -10,10 +10,18 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["Advance", "Stages"]
+__all__ = ["Advance", "Stages", "make_console"]
+
+LOG_WIDTH = 112
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with how many steps were done since the last call."""
+
+
+def make_console() -> Console:
+    """Return a console for standard output, as wide as the terminal, or as the tables need where there is none."""
+    console = Console(highlight=False)
+    return console if console.file.isatty() else Console(highlight=False, width=LOG_WIDTH)
 
 
 class Stages:
@@ -39,10 +47,10 @@ class Stages:
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
-            # Without a terminal every refresh would be a line of its own.
-            disable=not self._console.is_terminal,
+            # A log would keep every refresh. Not is_terminal, which FORCE_COLOR makes true.
+            disable=not self._console.file.isatty(),
         )
         with bar:
             task = bar.add_task(label, total=total)
             yield lambda steps: bar.advance(task, steps)
-        self._console.print(f"  {label:<68}{time.perf_counter() - start:6.1f} s", highlight=False)
+        self._console.print(f"  {label:<48}{time.perf_counter() - start:6.1f} s")

@@ -137,8 +137,13 @@ def evaluation(
 @contextmanager
 def _guarded(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
     forward_enabled = torch._C._is_fwd_grad_enabled()
+    # TorchScript specialises a function for the first inputs that it sees. Should these be functorch's, it would
+    # give no gradients ever after; unoptimised, it does not specialise. The switch is local to the thread.
+    specialising = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
     try:
         with module_attributes_restored(rules.shadows.is_captured), rules:
             yield rules
     finally:
+        torch._C._set_graph_executor_optimize(specialising)
         torch._C._set_fwd_grad_enabled(forward_enabled)

@@ -50,6 +50,10 @@ class _Cube(nn.Module):
         return (self.w * self.w * self.w).sum()
 
 
+def _cube(x: Tensor) -> Tensor:
+    return (x * x * x).sum()
+
+
 class _OldStyleCube(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -95,10 +99,12 @@ def _hiding(kind: str) -> tuple[Callable[[], Tensor], Tensor]:
     """Return a closure whose value is the sum of cubes of a parameter hidden from the exchange, and the parameter."""
     w = _w()
     early = (w**3).sum()
-    if kind == "scripted":
+    if kind.startswith("scripted"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.script(_Cube(w))
+            module, function = torch.jit.script(_Cube(w)), torch.jit.script(_cube)
+        if kind == "scripted function":
+            return lambda: function(w), w
         return module, next(module.parameters())
     return {
         "custom function": lambda: _OldStyleCube.apply(w).sum(),
@@ -110,7 +116,8 @@ def _hiding(kind: str) -> tuple[Callable[[], Tensor], Tensor]:
 
 
 HIDDEN = [
-    "scripted",
+    "scripted module",
+    "scripted function",
     "custom function",
     "computed before",
     "half computed before",
@@ -130,7 +137,7 @@ def test_a_hidden_parameter_ends_in_double_backward_never_in_zeros(kind: str) ->
     assert trace == pytest.approx(6 * w.sum().item())
 
 
-@pytest.mark.parametrize("kind", ["scripted", "custom function"])
+@pytest.mark.parametrize("kind", ["scripted module", "scripted function", "custom function"])
 def test_differences_move_a_hidden_parameter_without_writing_to_it(kind: str) -> None:
     (func, w), v = _hiding(kind), _v()
     storage, before = w.data_ptr(), w.detach().clone()
@@ -139,6 +146,15 @@ def test_differences_move_a_hidden_parameter_without_writing_to_it(kind: str) ->
     torch.testing.assert_close(product, 6 * w.detach() * v, rtol=1e-7, atol=0)
     assert w.data_ptr() == storage
     assert torch.equal(w.detach(), before)
+
+
+@pytest.mark.parametrize("kind", ["scripted module", "scripted function"])
+def test_torchscript_keeps_its_gradients_afterwards(kind: str) -> None:
+    (func, w), v = _hiding(kind), _v()
+    with pytest.warns(CurvatureFallbackWarning):
+        exact_hvp(func, [w], v)
+    for _ in range(3):
+        assert torch.equal(torch.autograd.grad(func(), w)[0], 3 * w.detach() ** 2)
 
 
 @pytest.mark.parametrize("kind", ["computed before", "half computed before"])

@@ -74,7 +74,7 @@ def test_operators_equal_double_backward(name: str, mode: Any) -> None:
 
 
 def _dense(f: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the matrix whose products double backward gives; not symmetric where gradients are stopped."""
+    """Return the matrix whose products double backward gives."""
     return torch.stack([oracles.hvp(f, P, e) for e in torch.eye(3).double()], dim=1)
 
 

@@ -366,6 +366,7 @@ def test_second_order_attention_leaves_the_callers_kernel_choice_alone() -> None
 # --------------------------------------------------------------------------------------- compile
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["mlp_tanh", "mlp_gelu", "encoder_train", "encoder_eval"])
 def test_compiled_without_graph_breaks_it_equals_eager(name: str, backend: str) -> None:
@@ -444,18 +445,18 @@ def test_wrong_params_are_refused_with_their_place(
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [
-        (lambda p: p**2, ValueError, r"one element, got shape \(3,\)"),
-        (lambda p: 3.0, TypeError, r"must be a tensor with one element, got float"),
+        (lambda p: p**2, ValueError, r"have one element, got shape \(3,\)"),
+        (lambda p: 3.0, TypeError, r"be a tensor with one element, got float"),
         (lambda p: None, TypeError, r"got NoneType"),
-        (lambda p: (p**2).sum() * 1j, ValueError, r"real and floating, got torch\.complex"),
-        (lambda p: (p > 0).sum(), ValueError, r"real and floating, got torch\.int64"),
+        (lambda p: (p**2).sum() * 1j, ValueError, r"be real and floating, got torch\.complex"),
+        (lambda p: (p > 0).sum(), ValueError, r"be real and floating, got torch\.int64"),
         (lambda p: ((p**2).sum(), "aux"), TypeError, r"got tuple"),
     ],
 )
 def test_a_loss_that_is_not_one_real_number_is_refused(
     loss: Any, error: type[Exception], words: str, mode: Any
 ) -> None:
-    with pytest.raises(error, match=f"^hvp: the loss must {'.*'}{words}|^hvp: .*{words}"):
+    with pytest.raises(error, match=f"^hvp: the loss must .*{words}"):
         hvp(loss, mode=mode)(torch.ones(3), torch.ones(3))
 
 

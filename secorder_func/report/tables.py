@@ -1,0 +1,90 @@
+"""The tables of the demonstration: a value, what it was checked against, and whether the check holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["DigitRow", "Row", "digit_table", "result_table"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of results.
+
+    Attributes
+    ----------
+    label, value
+        What was computed and what came out.
+    check
+        What it was compared with, and how they differ.
+    holds
+        The verdict.
+    closes
+        Whether a rule follows.
+    """
+
+    label: str
+    value: str
+    check: str
+    holds: bool
+    closes: bool = False
+
+
+@dataclass(frozen=True)
+class DigitRow:
+    """A line of the table of digits: the sample's number, its label, what the model reads, and its curvature."""
+
+    index: int
+    label: int
+    prediction: int
+    chance: float
+    exact: float
+    estimate: float
+    standard_error: float
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    """Return the table of results."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("what", ratio=None, no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("checked against", overflow="fold")
+    table.add_column("", no_wrap=True, justify="right")
+    for row in rows:
+        verdict = Text("ok", style="green") if row.holds else Text("OFF", style="bold red")
+        table.add_row(
+            Text(row.label), Text(row.value), Text(row.check), verdict, end_section=row.closes
+        )
+    return table
+
+
+def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
+    """Return a table of digits in the order given."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in (
+        "digit",
+        "label",
+        "read as",
+        "chance of label",
+        "trace, exact",
+        "trace, estimated",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        wrong = row.label != row.prediction
+        table.add_row(
+            f"#{row.index}",
+            str(row.label),
+            Text(str(row.prediction), style="bold red" if wrong else ""),
+            f"{row.chance:.4f}",
+            f"{row.exact:.4g}",
+            f"{row.estimate:.4g} ± {row.standard_error:.2g}",
+        )
+    return table
