@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constr
 
 # One thread a worker: the tests are many and small. loadfile keeps the blocks of one page together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
-TESTED := --doctest-modules tests secorder_func $(wildcard README.md docs)
+TESTED := --doctest-modules --nbmake tests secorder_func README.md docs notebooks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,12 +22,11 @@ venv: $(VENV)/.dev ## create .venv with everything that development needs
 demo: $(VENV)/.report ## show what the library does
 	@$(BIN)/python -m secorder_func
 
-test: lint ## lint, types, import contracts, tests, doctests, README
+test: lint ## lint, types, import contracts, tests, doctests, README, notebooks
 	@$(PYTEST) -m "not slow" $(TESTED)
 
-test-full: lint ## test, the slow tests and all notebooks
+test-full: lint docs ## test, the slow tests and the documentation site
 	@$(PYTEST) $(TESTED)
-	@$(if $(wildcard notebooks/*.ipynb),$(PYTEST) --nbmake notebooks,echo "No notebooks yet")
 
 lint: $(VENV)/.dev ## check format, lint, types and import contracts
 	@$(BIN)/ruff format --check .

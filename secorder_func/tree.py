@@ -217,7 +217,7 @@ def ravel(tree: Tree, /, *, batch_dims: int = 0) -> tuple[Tensor, Callable[[Tens
     sizes = [shape.numel() for shape in shapes]
     kinds = [(leaf.dtype, leaf.device) for leaf in leaves]
     rows = [
-        leaf.reshape(*leaf.shape[:batch_dims], size).to(dtype=dtype, device=device)
+        leaf.reshape((*leaf.shape[:batch_dims], size)).to(dtype=dtype, device=device)
         for leaf, size in zip(leaves, sizes, strict=True)
     ]
 
@@ -225,7 +225,7 @@ def ravel(tree: Tree, /, *, batch_dims: int = 0) -> tuple[Tensor, Callable[[Tens
         pieces = vector.split(sizes, dim=-1)
         return unflatten(
             [
-                piece.reshape(*vector.shape[:-1], *shape).to(dtype=kind[0], device=kind[1])
+                piece.reshape((*vector.shape[:-1], *shape)).to(dtype=kind[0], device=kind[1])
                 for piece, shape, kind in zip(pieces, shapes, kinds, strict=True)
             ]
         )

@@ -51,25 +51,19 @@ def hessian_product(
 
     def attempt(unused: Unused) -> Leaves:
         loss = _bound(func, params, unused, where)
-        reverse_loss = loss.at(forward=False, higher=False)
+
+        def reverse() -> Leaves:
+            at_leaves = loss.at(forward=False, higher=False)
+            return reverse_over_reverse(at_leaves, loss.leaves, vector, differentiable=False).hv
+
+        def forward() -> Leaves:
+            return forward_over_reverse(loss.at(forward=True, higher=False), loss.leaves, vector).hv
+
+        # Reverse over reverse first: 1.05 to 1.4 times faster than forward over reverse on the models of bench/.
         _, product = first_exact(
             [
-                (
-                    "forward_over_reverse",
-                    lambda: (
-                        forward_over_reverse(
-                            loss.at(forward=True, higher=False), loss.leaves, vector
-                        ).hv
-                    ),
-                ),
-                (
-                    "reverse_over_reverse",
-                    lambda: (
-                        reverse_over_reverse(
-                            reverse_loss, loss.leaves, vector, differentiable=False
-                        ).hv
-                    ),
-                ),
+                ("reverse_over_reverse", reverse),
+                ("forward_over_reverse", forward),
                 ("double_backward", lambda: DoubleBackward(func, params, where)(vector)),
             ],
             where=where,

@@ -15,7 +15,7 @@ from secorder_func.algorithms.probes import draw_seed
 from secorder_func.report import digits, per_sample
 from secorder_func.report import measurements as ms
 from secorder_func.report.figures import Picture, draw
-from secorder_func.report.measurements import Problem
+from secorder_func.report.problem import Problem, relative_difference, watched
 from secorder_func.report.progress import Stages, make_console
 from secorder_func.report.results import Results, rows
 from secorder_func.report.tables import DigitRow, digit_table, result_table
@@ -50,9 +50,9 @@ FULL = Settings(
     num_shown=8,
 )
 QUICK = Settings(
-    hidden=4,
-    num_train=128,
-    num_steps=60,
+    hidden=8,
+    num_train=256,
+    num_steps=100,
     num_vectors=4,
     trace_counts=(4, 8, 16, 32),
     num_eigenvalues=3,
@@ -91,10 +91,16 @@ def run_demo(output: Path, *, seed: int = 0, settings: Settings = FULL) -> int:
         f"\nCross-entropy {fit.train_loss:.4f}; read rightly: {fit.train_accuracy:.1%} of the training digits, "
         f"{fit.test_accuracy:.1%} of the test digits.\n"
         "H is the Hessian of the mean cross-entropy of the training digits, G its Gauss-Newton matrix.\n"
+        "Differences are relative; z is the error of an estimate in its standard errors.\n"
     )
     console.print(result_table(lines))
+    console.print()
     console.print(digit_table("The most curved digits", most))
+    console.print()
     console.print(digit_table("The least curved digits", least))
+    console.print(
+        "\nRanked by exact traces, computed for the twice as many digits whose estimates stand out."
+    )
     console.print(f"{len(lines) - off} of {len(lines)} checks hold. {stages.seconds:.0f} s in all.")
     console.print(f"Picture: {path}", soft_wrap=True)
     console.print(
@@ -129,18 +135,18 @@ def _measure(
             )
             for at in (untrained, problem)
         ]
-        gauss_newton_trace = exact_trace(ms.watched(gauss_newton, advance)).item()
+        gauss_newton_trace = exact_trace(watched(gauss_newton, advance)).item()
         fisher_trace = ms.fisher_trace(problem)
 
     products = sum(settings.trace_counts) + num_params
     with stages.stage("trace, estimated and exact", products) as advance:
         trace = ms.trace_convergence(
-            ms.watched(hessian, advance), settings.trace_counts, seed=draw_seed(generator)
+            watched(hessian, advance), settings.trace_counts, seed=draw_seed(generator)
         )
 
     with stages.stage("eigenvalues, by SciPy") as advance:
         spectrum = ms.spectrum(
-            ms.watched(hessian, advance), settings.num_eigenvalues, generator=generator
+            watched(hessian, advance), settings.num_eigenvalues, generator=generator
         )
 
     forms = settings.num_sample_probes * len(problem.inputs)
@@ -162,7 +168,7 @@ def _measure(
     return Results(
         num_params=num_params,
         product=product,
-        block=ms.relative_difference(block, closed_form),
+        block=relative_difference(block, closed_form),
         block_size=len(block),
         before=distances[0],
         after=distances[1],
@@ -187,13 +193,13 @@ def _features_and_chances(problem: Problem) -> tuple[Tensor, Tensor]:
 def _digit_rows(
     problem: Problem, indices: Tensor, traces: Tensor, results: Results
 ) -> list[DigitRow]:
-    chances = problem.model_fn(problem.params, problem.inputs[indices]).softmax(1)
+    outputs = problem.model_fn(problem.params, problem.inputs[indices])
     labels = problem.targets[indices]
     columns = (
         indices,
         labels,
-        chances.argmax(1),
-        chances.gather(1, labels[:, None]).squeeze(1),
+        outputs.argmax(1),
+        F.cross_entropy(outputs, labels, reduction="none"),
         traces,
         results.samples.values[indices],
         results.samples.standard_errors[indices],

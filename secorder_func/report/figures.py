@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from secorder_func.report.digits import SIDE
@@ -47,8 +49,9 @@ class Picture:
 def draw(picture: Picture, path: Path) -> None:
     """Write the picture as PNG."""
     # A Figure without pyplot needs no display and changes no global state.
-    figure = Figure(figsize=(12, 8.2), layout="constrained")
-    most, least, panels = figure.subfigures(3, 1, height_ratios=[1, 1, 1.9])
+    figure = Figure(figsize=(12, 8.2), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05))
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1, 1.9], hspace=0.04)
+    most, least, panels = parts
     _digits(most, "Most curved: trace of the Hessian of one digit's loss", picture.most, picture)
     _digits(least, "Least curved", picture.least, picture)
     trace, spectrum, samples = panels.subplots(1, 3)
@@ -67,16 +70,8 @@ def _digits(figure: SubFigure, title: str, rows: Sequence[DigitRow], picture: Pi
         axes.spines[:].set_color("#cccccc")
         wrong = row.prediction != row.label
         read = f"a {row.label} read as {row.prediction}" if wrong else f"a {row.label}"
-        axes.set_title(
-            f"{read}, chance {_chance(row.chance)}",
-            fontsize=8.5,
-            color=RED if wrong else "black",
-        )
+        axes.set_title(f"{read}, loss {row.loss:.2g}", fontsize=9, color=RED if wrong else "black")
         axes.set_xlabel(f"trace {row.exact:.3g}", fontsize=9.5)
-
-
-def _chance(chance: float) -> str:
-    return ">0.999" if chance > 0.999 else f"{chance:.2g}"
 
 
 def _trace(axes: Axes, trace: TraceConvergence) -> None:

@@ -6,12 +6,12 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from scipy.sparse.linalg import eigsh
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
 from secorder_func import (
@@ -19,99 +19,25 @@ from secorder_func import (
     LinearOperator,
     exact_trace,
     finite_difference_hvp,
-    functional_model,
-    ggn_operator,
-    hessian_operator,
     hutchinson_trace,
     hvp,
     tree,
 )
-from secorder_func.typing import LossFn, ModelFn, Tree
+from secorder_func.report.problem import Params, Problem, relative_difference, watched
 
 __all__ = [
     "Distance",
     "Eigenpair",
-    "Params",
-    "Problem",
     "Spectrum",
     "TraceConvergence",
     "fisher_trace",
     "gauss_newton_distance",
     "hessian_block",
     "product_against_differences",
-    "relative_difference",
     "softmax_block",
     "spectrum",
     "trace_convergence",
-    "watched",
 ]
-
-Params = dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A model and its mean loss on fixed samples.
-
-    Attributes
-    ----------
-    model_fn, loss_fn
-        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples; both
-        also take one sample without its axis.
-    params
-        By name; they share memory with the model's.
-    inputs, targets
-        `(num_samples, ...)`.
-    """
-
-    model_fn: ModelFn
-    loss_fn: LossFn
-    params: Params
-    inputs: Tensor
-    targets: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, loss_fn: LossFn, inputs: Tensor, targets: Tensor) -> Problem:
-        """Return the problem of a module at its present parameters."""
-        model_fn, params = functional_model(model)
-        return cls(model_fn, loss_fn, params, inputs, targets)
-
-    def loss(self, params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss over the samples given, or the loss of one."""
-        return self.loss_fn(self.model_fn(params, inputs), targets)
-
-    def hessian(self) -> LinearOperator:
-        """Return the Hessian of the mean loss."""
-        return hessian_operator(self.loss, self.params, self.inputs, self.targets)
-
-    def gauss_newton(self) -> LinearOperator:
-        """Return the Gauss-Newton matrix of the mean loss."""
-        return ggn_operator(self.model_fn, self.loss_fn, self.params, self.inputs, self.targets)
-
-    def frozen(self) -> Problem:
-        """Return the problem with a copy of its parameters, which training does not move."""
-        return replace(self, params={name: p.clone() for name, p in self.params.items()})
-
-
-def relative_difference(value: Tree, reference: Tree) -> float:
-    """Return `|value - reference| / |reference|` of two trees."""
-    return (tree.norm(tree.sub(value, reference)) / tree.norm(reference)).item()
-
-
-def watched(op: LinearOperator, advance: Callable[[int], None]) -> LinearOperator:
-    """Return the same operator, which calls `advance` with the number of products it has just made."""
-
-    def matvec(v: Tree) -> Tree:
-        result = op.matvec(v)
-        advance(1)
-        return result
-
-    def matmat(vectors: Tree) -> Tree:
-        result = op.mm(vectors)
-        advance(tree.flatten(vectors)[0][0].shape[0])
-        return result
-
-    return replace(op, matvec=matvec, matmat=matmat, quadratic=None)
 
 
 # ---------------------------------------------------------------------------------- one product
@@ -206,7 +132,7 @@ def fisher_trace(problem: Problem, *, chunk_size: int = 128) -> float:
         chances = problem.model_fn(problem.params, problem.inputs).softmax(1)
         labels = torch.arange(chances.shape[1])
         squares = every_sample(problem.params, problem.inputs, labels)  # (samples, classes)
-        return (chances * squares).sum(1).mean().item()
+        return float((chances * squares).sum(1).mean())
 
 
 # --------------------------------------------------------------------------------------- trace
@@ -235,7 +161,7 @@ class TraceConvergence:
     @property
     def z_score(self) -> float:
         """The error of the last estimate in standard errors."""
-        return ((self.last.value - self.exact) / self.last.standard_error).item()
+        return float((self.last.value - self.exact) / self.last.standard_error)
 
 
 def trace_convergence(op: LinearOperator, counts: Sequence[int], *, seed: int) -> TraceConvergence:

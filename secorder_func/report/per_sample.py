@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from secorder_func import hvp, probes, tree
-from secorder_func.report.measurements import Params, Problem, relative_difference
+from secorder_func.report.problem import Params, Problem, relative_difference
 from secorder_func.typing import Tree
 
 __all__ = [

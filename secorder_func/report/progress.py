@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["Advance", "Stages", "make_console"]
 
-LOG_WIDTH = 112
+LOG_WIDTH = 120
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with how many steps were done since the last call."""
@@ -20,8 +22,14 @@ Advance: TypeAlias = Callable[[int], None]
 
 def make_console() -> Console:
     """Return a console for standard output, as wide as the terminal, or as the tables need where there is none."""
-    console = Console(highlight=False)
-    return console if console.file.isatty() else Console(highlight=False, width=LOG_WIDTH)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A folder's name or a sign that the encoding lacks is no reason to stop half-way.
+        sys.stdout.reconfigure(errors="replace")
+    # Without markup: a path may have brackets in it.
+    console = Console(highlight=False, markup=False)
+    if console.file.isatty():
+        return console
+    return Console(highlight=False, markup=False, width=LOG_WIDTH)
 
 
 class Stages:

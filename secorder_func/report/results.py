@@ -77,13 +77,13 @@ def _products(results: Results) -> list[Row]:
         Row(
             "product H v",
             "hvp, random v",
-            f"central differences of the gradient: relative difference {results.product:.1e}",
+            f"central differences of the gradient: {_apart(results.product)}",
             results.product < BY_DIFFERENCES,
         ),
         Row(
             "last layer's block of H",
             f"{size} x {size}",
-            f"its closed form, without autograd: relative difference {results.block:.1e}",
+            f"its closed form, no autograd: {_apart(results.block)}",
             results.block < EXACT,
             closes=True,
         ),
@@ -97,7 +97,7 @@ def _gauss_newton(results: Results) -> list[Row]:
         Row(
             "|H v - G v| / |H v|",
             f"{after.relative:.3f}",
-            f"{before.relative:.3f} before training: G nears H as residuals shrink",
+            f"{before.relative:.3f} before training: closer as residuals shrink",
             after.relative < before.relative,
         ),
         Row(
@@ -109,7 +109,7 @@ def _gauss_newton(results: Results) -> list[Row]:
         Row(
             "trace of G",
             f"{results.gauss_newton_trace:.5g}",
-            f"the Fisher matrix, from gradients alone: relative difference {difference:.1e}",
+            f"the Fisher matrix, from gradients: {_apart(difference)}",
             difference < EXACT,
             closes=True,
         ),
@@ -122,8 +122,7 @@ def _trace(trace: TraceConvergence, num_params: int) -> list[Row]:
         Row(
             "trace of H, estimated",
             f"{last.value.item():.4g} ± {last.standard_error.item():.2g}",
-            f"exact {trace.exact:.5g}: z = {trace.z_score:+.2f}; "
-            f"{last.num_matvecs} products instead of {num_params}",
+            f"exact {trace.exact:.5g}: z = {trace.z_score:+.2f}; {last.num_matvecs} products, not {num_params}",
             abs(trace.z_score) < Z_SCORE,
             closes=True,
         )
@@ -135,15 +134,15 @@ def _spectrum(spectrum: Spectrum) -> list[Row]:
     residual = max(pair.residual for pair in spectrum.largest)
     return [
         Row(
-            f"largest {len(spectrum.largest)} eigenvalues of H",
-            "  ".join(f"{pair.value:.3g}" for pair in spectrum.largest),
-            f"residuals |H u - value u| at most {residual:.1e}",
+            f"{len(spectrum.largest)} largest eigenvalues of H",
+            " ".join(f"{pair.value:.2f}" for pair in spectrum.largest),
+            f"residuals |H u - value u| up to {residual:.1e}",
             residual < EXACT * scale,
         ),
         Row(
             "smallest eigenvalue of H",
             f"{spectrum.smallest.value:.3g}",
-            f"residual {spectrum.smallest.residual:.1e}; {spectrum.num_matvecs} products by SciPy for all",
+            f"residual {spectrum.smallest.residual:.1e}; SciPy spent {spectrum.num_matvecs} products on both",
             spectrum.smallest.residual < EXACT * scale,
             closes=True,
         ),
@@ -158,18 +157,21 @@ def _samples(results: Results) -> list[Row]:
         Row(
             f"traces of {len(samples.values)} samples",
             f"median {samples.values.median().item():.2g}, mean {samples.values.mean().item():.3g}",
-            f"v·H v of the mean loss for each of {samples.num_probes} probes: "
-            f"relative difference {samples.mismatch:.1e}",
+            f"v·H v of the mean loss, {samples.num_probes} probes: {_apart(samples.mismatch)}",
             samples.mismatch < EXACT,
         ),
         Row(
             "the most curved sample",
             f"trace {exact:.5g}",
-            f"torch.autograd.functional.hessian: relative difference {difference:.1e}",
+            f"torch.autograd's dense Hessian: {_apart(difference)}",
             difference < EXACT,
             closes=True,
         ),
     ]
+
+
+def _apart(difference: float) -> str:
+    return f"differs by {difference:.0e}" if difference >= 1e-15 else "differs by < 1e-15"
 
 
 def _relative(value: float, reference: float) -> float:

@@ -37,12 +37,12 @@ class Row:
 
 @dataclass(frozen=True)
 class DigitRow:
-    """A line of the table of digits: the sample's number, its label, what the model reads, and its curvature."""
+    """A line of the table of digits: which sample, what the model makes of it, and its curvature."""
 
     index: int
     label: int
     prediction: int
-    chance: float
+    loss: float
     exact: float
     estimate: float
     standard_error: float
@@ -51,7 +51,7 @@ class DigitRow:
 def result_table(rows: Sequence[Row]) -> Table:
     """Return the table of results."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("what", ratio=None, no_wrap=True)
+    table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("checked against", overflow="fold")
     table.add_column("", no_wrap=True, justify="right")
@@ -66,13 +66,18 @@ def result_table(rows: Sequence[Row]) -> Table:
 def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
     """Return a table of digits in the order given."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
     )
     for heading in (
         "digit",
         "label",
         "read as",
-        "chance of label",
+        "loss",
         "trace, exact",
         "trace, estimated",
     ):
@@ -83,7 +88,7 @@ def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
             f"#{row.index}",
             str(row.label),
             Text(str(row.prediction), style="bold red" if wrong else ""),
-            f"{row.chance:.4f}",
+            f"{row.loss:.2g}",
             f"{row.exact:.4g}",
             f"{row.estimate:.4g} ± {row.standard_error:.2g}",
         )

@@ -19,6 +19,7 @@ from secorder_func.transforms.policy import (
     differentiated_outside,
     first_exact,
     forward_mode_lock,
+    refuse_third_derivatives,
     routes_for,
 )
 from secorder_func.transforms.torch_func import grad, jvp, vjp, vjp_aux
@@ -94,6 +95,8 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
             tensors=model.leaves,
             eager=model.eager,
         )
+        if not outside:
+            refuse_third_derivatives(leaves, "ggnvp")
         return model.unflatten(leaves)
 
     return product

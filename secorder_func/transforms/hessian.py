@@ -15,6 +15,7 @@ from secorder_func.transforms.policy import (
     differentiated_outside,
     first_exact,
     forward_mode_lock,
+    refuse_third_derivatives,
     routes_for,
 )
 from secorder_func.transforms.torch_func import grad, jvp_aux, vjp_aux
@@ -57,8 +58,8 @@ def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..
     -----
     Costs about three gradients and the memory of one, whatever the number of parameters. Composes with `vmap`
     over any argument, `grad`, `jvp` and `torch.compile`. Derivatives of the product (third derivatives) are right with
-    respect to `params`, `v` and the arguments; pass what you differentiate as an argument, for a tensor that `f`
-    merely captures is not seen. Attention runs on the math kernel, running statistics are not updated.
+    respect to `params`, `v` and the arguments. A tensor that `f` merely captures is not seen in time: a derivative in
+    it is refused, pass it as an argument. Attention runs on the math kernel, running statistics are not updated.
 
     References
     ----------
@@ -143,6 +144,8 @@ def _product(
         tensors=loss.leaves,
         eager=loss.eager,
     )
+    if not outside:
+        refuse_third_derivatives(result.hv, where)
     return loss, result
 
 

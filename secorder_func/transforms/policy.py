@@ -3,7 +3,8 @@
 - `"forward_over_reverse"` is `jvp(grad(f))`, the definition.
 - `"reverse_over_reverse"` is `vjp(grad(f))`, the same product because the Hessian is symmetric.
 - `"auto"`, the default, takes the first; the second where the first has no right rule in torch for some function of
-  the loss, or where the product itself is differentiated.
+  the loss, where the product itself is differentiated, and under `torch.compile`, where it is faster (1.8 gradients
+  against 2.2 on a dense network) and where forward mode would see through a `no_grad` in the loss.
 
 A named mode is used or raises. When no route is left, the loss's own error is raised if it has one, else
 `NoExactRouteError`.
@@ -35,7 +36,14 @@ from secorder_func.errors import (
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import Mode
 
-__all__ = ["check_mode", "differentiated_outside", "first_exact", "forward_mode_lock", "routes_for"]
+__all__ = [
+    "check_mode",
+    "differentiated_outside",
+    "first_exact",
+    "forward_mode_lock",
+    "refuse_third_derivatives",
+    "routes_for",
+]
 
 T = TypeVar("T")
 
@@ -59,11 +67,11 @@ def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
         What the caller asked for; a named mode is the only route.
     outside
         Whether the product is itself differentiated. Third derivatives through forward over reverse are wrong
-        for det, slogdet and solve in torch 2.13, through reverse over reverse they are right.
+        for slogdet and solve in torch 2.13, through reverse over reverse they are right.
     """
     if mode != "auto":
         return (mode,)
-    if outside:
+    if outside or torch.compiler.is_compiling():
         return ("reverse_over_reverse",)
     return ("forward_over_reverse", "reverse_over_reverse")
 
@@ -86,6 +94,28 @@ def _base(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def refuse_third_derivatives(product: Sequence[Tensor], where: str) -> None:
+    """Let a backward pass through this product raise: only tensors that the loss captured can ask for it.
+
+    Nothing was known of them when the loss was evaluated by functions whose third derivatives are wrong in torch.
+    """
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError(
+            message(
+                where,
+                "a product cannot be differentiated in a tensor that the function captures",
+                "Pass that tensor as an argument of the function",
+            )
+        )
+
+    if torch.compiler.is_compiling():
+        return
+    for leaf in product:
+        if leaf.requires_grad and not _functorch.is_functorch_wrapped_tensor(leaf):
+            leaf.register_hook(refuse)
 
 
 def forward_mode_lock() -> AbstractContextManager[Any]:

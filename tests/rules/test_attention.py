@@ -14,7 +14,7 @@ from tests import oracles
 
 MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
 torch.manual_seed(3)
-S = torch.randn(2, 5, 4, dtype=torch.float64)
+S = torch.randn(1, 2, 5, 4, dtype=torch.float64)
 MASK = torch.rand(5, 5) > 0.3
 MASK.fill_diagonal_(True)
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -209,8 +209,8 @@ def test_where_torch_has_no_route_the_error_names_the_operator_and_the_way_out(
 @pytest.mark.parametrize("name", NO_ROUTE)
 def test_an_operator_of_such_a_loss_is_refused_when_it_is_made_or_used(name: str) -> None:
     f, operator = NO_ROUTE[name]
-    with pytest.raises(NoExactRouteError, match=f"^hessian_operator: .*{operator}"):
-        hessian_operator(f, P)
+    with pytest.raises(NoExactRouteError, match=operator):
+        hessian_operator(f, P) @ V
 
 
 @pytest.mark.parametrize("name", NO_ROUTE)

@@ -159,11 +159,8 @@ def test_the_product_is_linear_in_v(name: str) -> None:
     oracles.assert_same(both, oracles.shifted(hu, -2.5, hv), 1e-12)
 
 
-VMAPPED = [n for n in DETERMINISTIC if n not in ("lstm",)]
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", VMAPPED)
+@pytest.mark.parametrize("name", DETERMINISTIC)
 def test_vmap_over_v_equals_a_loop(name: str, mode: Any) -> None:
     problem = problems.load(name)
     vs = [oracles.random_like(problem.params, seed) for seed in range(3)]
