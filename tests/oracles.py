@@ -91,6 +91,11 @@ def assert_same(actual: Tree, expected: Tree, rtol: float = 1e-10) -> None:
     assert error <= rtol, f"relative error {error:.3g}"
 
 
+def assert_acts(product: Tree, v: Tree) -> None:
+    """Assert that a product is neither zero nor the vector itself: identities hold for both."""
+    assert relative_error(v, product) > 1e-3
+
+
 # --------------------------------------------------------------------------------- derivatives
 
 

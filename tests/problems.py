@@ -297,7 +297,12 @@ def encoder_train() -> Problem:
 @_problem
 def encoder_eval() -> Problem:
     return _from_module(
-        "encoder_eval", _encoder().eval(), F.mse_loss, _randn(2, 3, 4), _randn(2, 3, 4), smooth=False
+        "encoder_eval",
+        _encoder().eval(),
+        F.mse_loss,
+        _randn(2, 3, 4),
+        _randn(2, 3, 4),
+        smooth=False,
     )
 
 
@@ -413,7 +418,9 @@ def nested_tree() -> Problem:
     def f(p: Tree, scale: Tensor, *, shift: float = 0.5) -> Tensor:
         W, _, (u,) = p["z"]
         inner = torch.tanh(W @ p["m"]["x"] + p["m"]["y"] + shift)
-        return scale * (inner**2).sum() * p["a"].left + torch.exp(0.3 * u).prod() + p["a"].right.sum()
+        return (
+            scale * (inner**2).sum() * p["a"].left + torch.exp(0.3 * u).prod() + p["a"].right.sum()
+        )
 
     return Problem("nested_tree", f, params, (torch.tensor(1.7, dtype=torch.float64),))
 

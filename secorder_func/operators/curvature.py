@@ -17,7 +17,12 @@ from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.gauss_newton import flat_model, ggn_forward, ggn_pullbacks
 from secorder_func.transforms.hessian import forward_over_reverse
 from secorder_func.transforms.loss import LeafLoss, Leaves, flat_loss
-from secorder_func.transforms.policy import check_mode, differentiated_outside, first_exact
+from secorder_func.transforms.policy import (
+    check_mode,
+    differentiated_outside,
+    first_exact,
+    no_exact_route,
+)
 from secorder_func.transforms.torch_func import grad, vjp_aux
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
@@ -184,18 +189,30 @@ def _replaying(product: LeafProduct, leaves: Leaves) -> LeafProduct:
 def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> LinearOperator:
     """Wrap a product of leaf tuples as an operator on trees like `params`.
 
-    Several vectors go through `vmap`, with the same random numbers for all.
+    Several vectors go through `vmap`, with the same random numbers for all; one by one where vmap cannot.
     """
     leaves, unflatten = tree.flatten(params)
     versions = [_version(leaf) for leaf in leaves]
-    several = vmap(product, randomness="same")
+    batched = vmap(product, randomness="same")
 
-    def stacked(vectors: Leaves) -> Leaves:
-        with warnings.catch_warnings():  # the user did not ask for vmap
-            warnings.filterwarnings(
-                "ignore", message="There is a performance drop", category=UserWarning
-            )
-            result: Leaves = several(vectors)
+    def single(vector: Leaves) -> Leaves:
+        try:
+            return product(vector)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise no_exact_route("LinearOperator", [(mode, error)]) from error
+
+    def several(vectors: Leaves) -> Leaves:
+        try:
+            with warnings.catch_warnings():  # the user did not ask for vmap
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                result: Leaves = batched(vectors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            rows = [single(row) for row in zip(*vectors, strict=True)]
+            return tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return result
 
     def on_trees(multiply: LeafProduct) -> Callable[[Tree], Tree]:
@@ -213,9 +230,9 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
         return apply
 
     return LinearOperator(
-        matvec=on_trees(product),
+        matvec=on_trees(single),
         like=tree.map(Tensor.detach, params),
-        matmat=on_trees(stacked),
+        matmat=on_trees(several),
         symmetric=True,
         mode=mode,
     )

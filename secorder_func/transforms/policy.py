@@ -41,11 +41,13 @@ __all__ = [
     "differentiated_outside",
     "first_exact",
     "forward_mode_lock",
+    "no_exact_route",
     "refuse_third_derivatives",
     "routes_for",
 ]
 
 T = TypeVar("T")
+Failures = list[tuple[str, RuntimeError]]
 
 _FORWARD_MODE = threading.RLock()
 _DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
@@ -147,7 +149,7 @@ def first_exact(
         name, compute = routes[0]
         return name, compute()
     state = RandomState.now(tensors)
-    failures: list[tuple[str, RuntimeError]] = []
+    failures: Failures = []
     for name, compute in routes:
         hidden = any(isinstance(error, HiddenParameterError) for _, error in failures)
         if hidden and name != "double_backward":
@@ -164,20 +166,24 @@ def first_exact(
             _warn(where, failures, name)
         return name, result
 
-    first, last = failures[0][1], failures[-1][1]
     eager()  # a mistake in the loss itself is raised here, as the user's own error
     state.restore()
+    raise no_exact_route(where, failures) from failures[0][1]
+
+
+def no_exact_route(where: str, failures: Failures) -> NoExactRouteError:
+    """Return the error that names what torch said about each route that was tried."""
     tried = "; ".join(f"{name}: {_first_line(error)}" for name, error in failures)
-    raise NoExactRouteError(
+    return NoExactRouteError(
         message(
             where,
             f"torch has no exact second derivative of this loss by any route ({tried})",
             "Replace the function that the message names, or estimate the product with finite_difference_hvp",
         )
-    ) from (last if last.__cause__ is not None else first)
+    )
 
 
-def _warn(where: str, failures: list[tuple[str, RuntimeError]], name: str) -> None:
+def _warn(where: str, failures: Failures, name: str) -> None:
     cause = "; ".join(
         f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures
     )

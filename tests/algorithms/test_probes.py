@@ -33,7 +33,8 @@ every = pytest.mark.parametrize("name", DISTRIBUTIONS)
 
 
 def _rows(stack: Any) -> Tensor:
-    return torch.cat([leaf.reshape(leaf.shape[0], -1) if leaf.numel() else leaf.reshape(leaf.shape[0], 0) for leaf in optree.tree_leaves(stack)], 1)
+    leaves = optree.tree_leaves(stack)
+    return torch.cat([leaf.reshape(leaf.shape[0], leaf.shape[1:].numel()) for leaf in leaves], 1)
 
 
 def _equal(x: Any, y: Any) -> bool:
@@ -54,7 +55,7 @@ def _within(mean: Tensor, expected: Any, samples: Tensor, sigmas: float = 5.0) -
 @every
 def test_a_probe_depends_on_seed_and_number_only(name: str) -> None:
     draw = DISTRIBUTIONS[name]
-    together = draw(3, range(0, 10), LIKE)
+    together = draw(3, range(10), LIKE)
     for k in range(10):
         alone = draw(3, range(k, k + 1), LIKE)
         assert _equal(alone, optree.tree_map(lambda leaf, k=k: leaf[k : k + 1], together))
@@ -63,7 +64,7 @@ def test_a_probe_depends_on_seed_and_number_only(name: str) -> None:
 @every
 def test_probes_of_a_later_chunk_are_those_of_the_whole(name: str) -> None:
     draw = DISTRIBUTIONS[name]
-    whole = draw(3, range(0, 1000), LIKE)
+    whole = draw(3, range(1000), LIKE)
     part = draw(3, range(700, 707), LIKE)
     assert _equal(part, optree.tree_map(lambda leaf: leaf[700:707], whole))
 
@@ -222,7 +223,9 @@ def test_rademacher_entries_are_plus_or_minus_one(dtype: torch.dtype) -> None:
 
 def test_sphere_probes_have_the_length_of_the_square_root_of_n() -> None:
     rows = _rows(probes.sphere(0, range(100), LIKE))
-    oracles.assert_same(rows.norm(dim=1), torch.full((100,), math.sqrt(18)).double(), 1e-14)
+    oracles.assert_same(
+        rows.norm(dim=1), torch.full((100,), math.sqrt(18), dtype=torch.float64), 1e-14
+    )
 
 
 def test_sphere_probes_of_mixed_precision_have_the_length_of_the_square_root_of_n() -> None:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "scaled": {"scale": 0.7},
     "boolean mask": {"attn_mask": MASK},
+    "boolean mask with a row of nothing": {"attn_mask": MASK & (torch.arange(5) != 2)[:, None]},
     "float mask": {"attn_mask": torch.linspace(-1, 1, 25).reshape(5, 5).double()},
 }
 

@@ -53,18 +53,18 @@ class Cube(torch.autograd.Function):
 
 
 def test_a_once_differentiable_function_has_no_exact_route() -> None:
-    with pytest.raises(NoExactRouteError, match="OnceCube.*once_differentiable"):
+    with pytest.raises(NoExactRouteError, match=r"OnceCube.*once_differentiable"):
         hvp(lambda p: OnceCube.apply(p).sum())(P, V)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_a_named_mode_refuses_it_too(mode: Any) -> None:
-    with pytest.raises(RuntimeError, match="OnceCube.*once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"OnceCube.*once_differentiable"):
         hvp(lambda p: OnceCube.apply(p).sum(), mode=mode)(P, V)
 
 
 def test_an_operator_refuses_it_too() -> None:
-    with pytest.raises(NoExactRouteError, match="OnceCube.*once_differentiable"):
+    with pytest.raises(NoExactRouteError, match=r"OnceCube.*once_differentiable"):
         hessian_operator(lambda p: OnceCube.apply(p).sum(), P)
 
 

@@ -78,7 +78,9 @@ def test_the_third_derivative_is_right(name: str) -> None:
 def test_the_raw_third_derivative_is_silently_wrong(name: str) -> None:
     v, u = oracles.random_like(P, 1), oracles.random_like(P, 2)
     f = _loss(name)
-    raw = torch.func.grad(lambda p: oracles.dot(v, torch.func.vjp(torch.func.grad(f), p)[1](v)[0]))(P)
+    raw = torch.func.grad(lambda p: oracles.dot(v, torch.func.vjp(torch.func.grad(f), p)[1](v)[0]))(
+        P
+    )
     truth = oracles.directional_derivative(
         lambda p: oracles.dot(v, oracles.hvp(f, p, v)), P, u, step=3e-4
     )

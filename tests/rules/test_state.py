@@ -219,7 +219,7 @@ def test_a_loss_that_writes_to_its_parameters_is_refused(write: Any, mode: Any) 
         return (p**3).sum()
 
     p = torch.tensor([1.0, 2.0])
-    with pytest.raises(RuntimeError, match="writes to a parameter|in-place|inplace"):
+    with pytest.raises(RuntimeError, match=r"writes to a parameter|in-place|inplace"):
         hvp(f, mode=mode)(p, torch.ones(2))
     assert torch.equal(p, torch.tensor([1.0, 2.0]))
 

@@ -102,14 +102,17 @@ def test_vmap_over_samples_equals_a_loop() -> None:
     problem = problems.load("mlp_gelu")
     v = oracles.random_like(problem.params, 1)
     x, y = problem.args
-    product = ggnvp(lambda p, x: problem.model_fn(p, x[None]), lambda z, y: problem.loss_fn(z, y[None]))
+    product = ggnvp(
+        lambda p, x: problem.model_fn(p, x[None]), lambda z, y: problem.loss_fn(z, y[None])
+    )
     together = vmap(product, in_dims=(None, None, 0, 0))(problem.params, v, x, y)
     loop = [product(problem.params, v, *sample) for sample in zip(x, y, strict=True)]
     oracles.assert_same(together, optree.tree_map(lambda *rows: torch.stack(rows), *loop), 1e-12)
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_tanh", "mlp_gelu", "layer_norm", "cnn_batchnorm_train", "encoder_train", "mlp_nonconvex"]
+    "name",
+    ["mlp_tanh", "mlp_gelu", "layer_norm", "cnn_batchnorm_train", "encoder_train", "mlp_nonconvex"],
 )
 def test_the_gradient_of_a_quadratic_form_is_right(name: str) -> None:
     problem = problems.load(name)
@@ -159,7 +162,8 @@ def test_compiled_without_graph_breaks_it_equals_eager(name: str) -> None:
     oracles.assert_same(compiled(problem.params, v, *problem.args), _product(problem, v), 1e-10)
 
 
-def test_integer_outputs_reach_the_loss_without_being_differentiated() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_integer_outputs_reach_the_loss_without_being_differentiated(mode: Any) -> None:
     w, x = torch.tensor([1.0, -2.0, 3.0]).double(), torch.eye(3).double()
 
     def model(w: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -168,9 +172,8 @@ def test_integer_outputs_reach_the_loss_without_being_differentiated() -> None:
     def loss(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
         return (outputs["z"] ** 2 * outputs["count"]).sum()
 
-    for mode in MODES:
-        gv = ggnvp(model, loss, mode=mode)(w, torch.ones_like(w), x, None)
-        oracles.assert_same(gv, torch.tensor([0.0, 2.0, 4.0]).double())
+    gv = ggnvp(model, loss, mode=mode)(w, torch.ones_like(w), x, None)
+    oracles.assert_same(gv, torch.tensor([0.0, 2.0, 4.0]).double())
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -187,7 +190,9 @@ def _linear(w: Tensor, x: Tensor) -> Tensor:
 
 
 def test_a_wrong_v_is_refused_with_its_place() -> None:
-    with pytest.raises(ValueError, match=r"^ggnvp: .*At the root expected shape \(3,\), got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"^ggnvp: .*At the root expected shape \(3,\), got \(4,\)"
+    ):
         ggnvp(_linear, _squares)(W, torch.ones(4), X, Y)
 
 
@@ -203,13 +208,17 @@ def test_params_that_are_not_tensors_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_without_floating_outputs_is_refused(mode: Any) -> None:
-    with pytest.raises(TypeError, match=r"^ggnvp: model_fn must return .*floating tensor, got float"):
+    with pytest.raises(
+        TypeError, match=r"^ggnvp: model_fn must return .*floating tensor, got float"
+    ):
         ggnvp(lambda w, x: 1.0, _squares, mode=mode)(W, W, X, Y)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loss_of_several_elements_is_refused(mode: Any) -> None:
-    with pytest.raises(ValueError, match=r"^ggnvp: the loss must have one element, got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"^ggnvp: the loss must have one element, got shape \(3,\)"
+    ):
         ggnvp(_linear, lambda z, y: z - y, mode=mode)(W, W, X, Y)
 
 
