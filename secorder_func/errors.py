@@ -3,6 +3,9 @@
 Every message says where it happened, what is wrong, what was expected and given, and how to mend it.
 """
 
+import sys
+import warnings
+
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
@@ -11,6 +14,7 @@ __all__ = [
     "MissingExtraError",
     "NoExactRouteError",
     "message",
+    "warn_user",
 ]
 
 
@@ -68,3 +72,15 @@ def message(where: str, problem: str, mend: str = "") -> str:
     if mend:
         parts.append(f"{mend.rstrip('.')}.")
     return " ".join(parts)
+
+
+def warn_user(text: str, category: type[Warning]) -> None:
+    """Warn at the line of the caller's own code, outside this package and torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("secorder_func", "torch", "contextlib")

@@ -39,6 +39,7 @@ __all__ = [
     "scale",
     "stack",
     "sub",
+    "tensors_and_rest",
     "tensors_in",
     "unstack",
     "zeros_like",
@@ -81,6 +82,23 @@ def map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
 def tensors_in(*trees: Any) -> list[Tensor]:
     """Return the tensors among the leaves of any trees, whatever else they hold."""
     return [leaf for leaf in flatten(trees)[0] if isinstance(leaf, Tensor)]
+
+
+def tensors_and_rest(tree: Tree, /) -> tuple[tuple[Tensor, ...], Unflatten]:
+    """Return the tensors among the leaves and the function that puts tensors back beside the other leaves.
+
+    >>> tensors, restore = tensors_and_rest({"loss": torch.ones(1), "name": "first"})
+    >>> restore([torch.zeros(1)])
+    {'loss': tensor([0.]), 'name': 'first'}
+    """
+    leaves, unflatten = flatten(tree)
+    rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def restore(tensors: Sequence[Any]) -> Tree:
+        remaining = iter(tensors)
+        return unflatten([next(remaining) if leaf is None else leaf for leaf in rest])
+
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), restore
 
 
 # ------------------------------------------------------------------------------------ arithmetic

@@ -116,7 +116,7 @@ def _shift(words: Tensor, bits: int) -> Tensor:
 
 def _words(seed: int, probes: range, leaf: int, count: int, device: torch.device) -> Tensor:
     """Return `count` words for each probe and one leaf, `(len(probes), count)`."""
-    start = torch.tensor(seed, device=device)
+    start = torch.tensor(_signed(seed), device=device)
     rows = torch.arange(probes.start, probes.stop, device=device)
     keys = _mix(_mix(_mix(start) + rows * _GOLDEN) + _signed((leaf + 1) * _LEAF))
     counter = torch.arange(1, count + 1, device=device) * _GOLDEN

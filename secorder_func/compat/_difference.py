@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,12 @@ from secorder_func.compat._visibility import (
     refuse_hidden,
     with_unused_known,
 )
-from secorder_func.errors import CurvatureFallbackWarning, HiddenParameterError, message
+from secorder_func.errors import (
+    CurvatureFallbackWarning,
+    HiddenParameterError,
+    message,
+    warn_user,
+)
 from secorder_func.rules import evaluation
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
@@ -49,14 +53,13 @@ def closure_difference(
         except HiddenParameterError as hidden:
             state.restore()
             found = along(lambda at: _gradient_in_place(func, params, at, where))
-            warnings.warn(
+            warn_user(
                 message(
                     where,
                     f"{hidden}. The data of the parameters were set aside during the evaluations instead",
                     "Do not use these parameters in other threads meanwhile",
                 ),
                 CurvatureFallbackWarning,
-                stacklevel=4,
             )
     return tuple(leaf.detach() for leaf in found)
 

@@ -165,7 +165,8 @@ def _without_graph(product: LeafProduct, differentiable: bool) -> LeafProduct:
     """Let products record a graph of their own only where someone differentiates them."""
 
     def apply(vector: Leaves) -> Leaves:
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        recorded = torch.is_grad_enabled() and (differentiable or differentiated_outside(vector))
+        with torch.set_grad_enabled(recorded):
             return product(vector)
 
     return apply
@@ -198,9 +199,12 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
     def single(vector: Leaves) -> Leaves:
         try:
             return product(vector)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except (RuntimeError, NotImplementedError) as error:
+            if type(error) not in (
+                RuntimeError,
+                NotImplementedError,
+            ):  # the user's own, out of memory
+                raise
             raise no_exact_route("LinearOperator", [(mode, error)]) from error
 
     def several(vectors: Leaves) -> Leaves:

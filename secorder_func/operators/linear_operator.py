@@ -233,7 +233,7 @@ class LinearOperator:
             import numpy as np
             from scipy.sparse.linalg import LinearOperator as ScipyOperator
         except ImportError as error:
-            raise MissingExtraError("LinearOperator.scipy", "SciPy", "report") from error
+            raise MissingExtraError("LinearOperator.scipy", "SciPy", "scipy") from error
         self.require_real("LinearOperator.scipy")
         flat = self.flat()
         dtype = np.dtype("float64" if self.dtype == torch.float64 else "float32")
@@ -244,7 +244,8 @@ class LinearOperator:
             )
 
         def to_numpy(tensor: Tensor) -> Any:
-            return tensor.detach().cpu().numpy().astype(dtype, copy=False)
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            return tensor.detach().to(device="cpu", dtype=wide).numpy()
 
         def matvec(array: Any) -> Any:
             return to_numpy(flat @ to_torch(array.reshape(-1)))

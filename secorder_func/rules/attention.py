@@ -6,6 +6,7 @@ kernel computes the same function out of matmul and softmax and is differentiabl
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if (
+        attn_mask is not None and attn_mask.dtype == torch.bool
+    ):  # the composite kernel adds its mask
+        zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        attn_mask = zeros.masked_fill(attn_mask.logical_not(), -math.inf)
     output: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]

@@ -30,7 +30,4 @@ def _set_grad_enabled(rules: Rules, mode: bool) -> None:
 
 @repairs(_DATA.__get__, because=".data leaks derivatives of functorch levels, pytorch#128600")
 def _data(rules: Rules, tensor: Tensor) -> Tensor:
-    alias = tensor.detach()
-    if rules.is_protected(tensor):
-        rules.protect([alias])  # a write to it would reach the parameter
-    return alias
+    return tensor.detach()

@@ -41,14 +41,6 @@ class SecondOrderRules(TorchFunctionMode):
             self.shadows.replaced[id(original)] = (original, stand_in)
         self.shadows.protect(protect)
 
-    def is_protected(self, tensor: Tensor) -> bool:
-        """Say whether the loss must not write to a tensor."""
-        return self.shadows.is_protected(tensor)
-
-    def protect(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse writes to tensors."""
-        self.shadows.protect(tensors)
-
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what a repair calls."""
         return self
@@ -65,8 +57,11 @@ class SecondOrderRules(TorchFunctionMode):
         if self.shadows.replaced:
             args = self._exchanged(args, touched)
             kwargs = self._exchanged(kwargs, touched)
-        if args and isinstance(args[0], Tensor) and writes_first_argument(func):
-            args = (self.shadows.stand_in(args[0]), *args[1:])
+        if args and isinstance(args[0], Tensor):
+            if writes_first_argument(func):
+                args = (self.shadows.stand_in(args[0]), *args[1:])
+            else:
+                self.shadows.note_captured(args[0])
         if isinstance(kwargs.get("out"), Tensor):
             kwargs = {**kwargs, "out": self.shadows.stand_in(kwargs["out"])}
 
@@ -129,9 +124,23 @@ def evaluation(
         Tensors that the loss must not write to: the parameters.
     """
     rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange, protect=protect)
-    if torch.compiler.is_compiling():
-        return rules
-    return _guarded(rules)
+    return _traced(rules) if torch.compiler.is_compiling() else _guarded(rules)
+
+
+@contextmanager
+def _traced(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
+    """Keep Dynamo off the fused inference path of Transformer layers, which has no derivative.
+
+    In eager mode the layers see that a mode is active and leave that path alone; Dynamo does not show it to them, nor
+    does it trace `set_fastpath_enabled`.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha._is_fastpath_enabled = False
+    try:
+        with rules:
+            yield rules
+    finally:
+        torch.backends.mha._is_fastpath_enabled = fused
 
 
 @contextmanager

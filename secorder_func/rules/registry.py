@@ -23,12 +23,6 @@ class Rules(Protocol):
     higher: bool
     """Derivatives beyond the second may be taken of what is computed here."""
 
-    def is_protected(self, tensor: Any) -> bool:
-        """Say whether the loss must not write to a tensor."""
-
-    def protect(self, tensors: Any) -> None:
-        """Refuse writes to tensors."""
-
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what the repair calls."""
 

@@ -62,17 +62,18 @@ class Shadows:
         self.level: int = -1 if torch.compiler.is_compiling() else _current_level()
         self.born: dict[int, weakref.ref[Tensor]] = {}
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        self.protected: dict[int, weakref.ref[Tensor]] = {}
+        self.captured: dict[int, Tensor] = {}
+        self.protected: set[int] = set()
 
     def protect(self, tensors: Iterable[Tensor]) -> None:
-        """Refuse writes to these tensors."""
+        """Refuse writes to these tensors and to whatever shares their storage."""
         if not torch.compiler.is_compiling():
-            self.protected.update({id(t): weakref.ref(t) for t in tensors})
+            self.protected.update(_storage(tensor) for tensor in tensors)
 
-    def is_protected(self, tensor: Tensor) -> bool:
-        """Say whether writes to a tensor are refused."""
-        known = self.protected.get(id(tensor))
-        return known is not None and known() is tensor
+    def note_captured(self, tensor: Tensor) -> None:
+        """Remember a captured tensor that the loss uses: the result may be a view of it."""
+        if self.is_captured(tensor) and not tensor.requires_grad:
+            self.captured.setdefault(_storage(tensor), tensor)
 
     def note_born(self, result: Any) -> None:
         """Remember a result without gradient history, outside functorch."""
@@ -90,21 +91,45 @@ class Shadows:
         return made_here is None or made_here() is not tensor
 
     def stand_in(self, tensor: Tensor) -> Tensor:
-        """Return the copy that takes the writes to a captured tensor; a tensor of ours as it is."""
-        if self.is_protected(tensor):
+        """Return what takes the writes to a tensor: a copy if it is captured, itself if it was made here."""
+        storage = _storage(tensor)
+        if storage in self.protected:
             raise RuntimeError(
                 "the loss writes to a parameter in place, so that it is no function of the parameters; "
                 "write to a copy of it instead"
             )
-        known = self.replaced.get(id(tensor))
-        if known is not None:
-            return known[1]
-        if not self.is_captured(tensor):
+        if id(tensor) in self.replaced:
+            return self.replaced[id(tensor)][1]
+        base = tensor if self.is_captured(tensor) else self.captured.get(storage)
+        if base is None:
             return tensor
-        copy = tensor.detach().clone() if self.level <= 0 else tensor.clone()
-        self.replaced[id(tensor)] = (tensor, copy)
-        self.note_born(copy)
-        return copy
+        copy = self._copy_of(base)
+        if base is tensor:
+            return copy
+        view = copy.as_strided(
+            tensor.size(),
+            tensor.stride(),
+            copy.storage_offset() + tensor.storage_offset() - base.storage_offset(),
+        )
+        self.replaced[id(tensor)] = (tensor, view)
+        return view
+
+    def _copy_of(self, base: Tensor) -> Tensor:
+        if id(base) not in self.replaced:
+            copy = base.detach().clone() if self.level <= 0 else base.clone()
+            self.replaced[id(base)] = (base, copy)
+            self.note_born(copy)
+        return self.replaced[id(base)][1]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tensors with one memory have in common."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse and other tensors without a storage of their own
+        return id(tensor)
 
 
 def _current_level() -> int:

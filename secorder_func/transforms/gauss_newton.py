@@ -22,7 +22,7 @@ from secorder_func.transforms.policy import (
     refuse_third_derivatives,
     routes_for,
 )
-from secorder_func.transforms.torch_func import grad, jvp, vjp, vjp_aux
+from secorder_func.transforms.torch_func import grad, jvp, jvp_aux, vjp, vjp_aux
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = ["FlatModel", "flat_model", "ggn_forward", "ggn_pullbacks", "ggnvp"]
@@ -117,31 +117,35 @@ class FlatModel:
     where: str
     originals: Leaves | None = None
     verify: Callable[..., None] | None = None
-    _skeleton: tuple[list[Any], tree.Unflatten] | None = None
+    _assemble: Callable[[Leaves, Leaves], Any] | None = None
 
-    def outputs_at(self, *, forward: bool, higher: bool) -> Callable[[Leaves], Leaves]:
-        """Return leaves -> differentiable leaves of the outputs, under the rules."""
+    def outputs_at(
+        self, *, forward: bool, higher: bool
+    ) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
+        """Return leaves -> (differentiable tensors of the outputs, the other tensors), under the rules."""
 
-        def outputs(leaves: Leaves) -> Leaves:
+        def outputs(leaves: Leaves) -> tuple[Leaves, Leaves]:
             exchange = (
                 None if self.originals is None else list(zip(self.originals, leaves, strict=True))
             )
             with evaluation(
                 forward=forward, higher=higher, exchange=exchange, protect=leaves
             ) as rules:
-                smooth = self._pack(self.model(leaves))
+                smooth, others = self._split(self.model(leaves))
                 if self.verify is not None:
                     self.verify(rules, *smooth)
-            return smooth
+            return smooth, others
 
         return outputs
 
-    def loss_at(self, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
-        """Return differentiable leaves of the outputs -> loss, under the rules."""
+    def loss_at(self, others: Leaves, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
+        """Return differentiable tensors of the outputs -> loss, under the rules."""
+        assemble = self._assemble
+        assert assemble is not None
 
-        def loss(outputs: Leaves) -> Tensor:
+        def loss(smooth: Leaves) -> Tensor:
             with evaluation(forward=forward, higher=higher):
-                return checked_scalar(self.loss(self._unpack(outputs)), self.where)
+                return checked_scalar(self.loss(assemble(smooth, others)), self.where)
 
         return loss
 
@@ -150,24 +154,21 @@ class FlatModel:
         with evaluation(forward=False, higher=False, protect=self.originals or self.leaves):
             return self.loss(self.model(self.leaves))
 
-    def _pack(self, outputs: Any) -> Leaves:
-        items, unflatten = tree.flatten(outputs)
-        smooth = [
-            isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in items
-        ]
+    def _split(self, outputs: Any) -> tuple[Leaves, Leaves]:
+        tensors, restore = tree.tensors_and_rest(outputs)
+        smooth = [t.is_floating_point() or t.is_complex() for t in tensors]
         if not any(smooth):
-            given = ", ".join(sorted({type(x).__name__ for x in items})) or "nothing"
+            given = ", ".join(sorted(str(t.dtype) for t in tensors)) or type(outputs).__name__
             problem = f"model_fn must return at least one floating tensor, got {given}"
             raise ArgumentTypeError(message(self.where, problem))
-        skeleton = [None if keep else x for keep, x in zip(smooth, items, strict=True)]
-        self._skeleton = (skeleton, unflatten)
-        return tuple(x for keep, x in zip(smooth, items, strict=True) if keep)
 
-    def _unpack(self, outputs: Leaves) -> Any:
-        assert self._skeleton is not None
-        items, unflatten = self._skeleton
-        remaining = iter(outputs)
-        return unflatten([next(remaining) if item is None else item for item in items])
+        def assemble(differentiated: Leaves, others: Leaves) -> Any:
+            first, second = iter(differentiated), iter(others)
+            return restore([next(first) if is_smooth else next(second) for is_smooth in smooth])
+
+        self._assemble = assemble
+        pairs = list(zip(smooth, tensors, strict=True))
+        return tuple(t for kept, t in pairs if kept), tuple(t for kept, t in pairs if not kept)
 
 
 def flat_model(
@@ -189,15 +190,15 @@ def ggn_forward(model: FlatModel, vector: Leaves, *, higher: bool) -> Leaves:
     """Return `J^T H_L J v` with `J v` and `H_L` in forward mode and one evaluation of the model."""
     outputs_of = model.outputs_at(forward=True, higher=higher)
 
-    def outputs_and_tangents(leaves: Leaves) -> tuple[Leaves, Leaves]:
-        outputs, tangents = jvp(outputs_of, (leaves,), (vector,))
-        return outputs, tangents
+    def outputs_and_tangents(leaves: Leaves) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+        outputs, tangents, others = jvp_aux(outputs_of, (leaves,), (vector,))
+        return outputs, (tangents, others)
 
     with forward_mode_lock():
-        outputs, pullback, tangents = vjp_aux(outputs_and_tangents, model.leaves)
-        loss = model.loss_at(forward=True, higher=higher)
+        outputs, pullback, (tangents, others) = vjp_aux(outputs_and_tangents, model.leaves)
+        loss = model.loss_at(others, forward=True, higher=higher)
         _, cotangents = jvp(grad(loss), (outputs,), (tangents,))
-    with torch.set_grad_enabled(higher):
+    with torch.set_grad_enabled(higher or differentiated_outside(vector)):
         result: Leaves = pullback(cotangents)[0]
     return result
 
@@ -207,10 +208,10 @@ def ggn_pullbacks(model: FlatModel, *, higher: bool) -> Callable[[Leaves], Leave
 
     `J v` is the pullback of the pullback, which is linear in its cotangent.
     """
-    outputs, pull = vjp(model.outputs_at(forward=False, higher=higher), model.leaves)
+    outputs, pull, others = vjp_aux(model.outputs_at(forward=False, higher=higher), model.leaves)
     zeros = tuple(torch.zeros_like(z) for z in outputs)
     _, push = vjp(lambda cotangents: pull(cotangents)[0], zeros)
-    _, bend = vjp(grad(model.loss_at(forward=False, higher=higher)), outputs)
+    _, bend = vjp(grad(model.loss_at(others, forward=False, higher=higher)), outputs)
 
     def apply(vector: Leaves) -> Leaves:
         (tangents,) = push(vector)

@@ -47,7 +47,7 @@ class FlatLoss:
     where: str
     originals: Leaves | None = None
     verify: Callable[[SecondOrderRules, Tensor], None] | None = None
-    _aux_skeleton: tuple[list[Any], tree.Unflatten] | None = None
+    _restore_aux: tree.Unflatten | None = None
 
     def at(self, *, forward: bool, higher: bool) -> LeafLoss:
         """Return the loss under the rules for the derivatives that are taken of it."""
@@ -87,16 +87,13 @@ class FlatLoss:
 
     def _pack(self, aux: Any) -> Leaves:
         """Take the tensors out of `aux`, which may hold anything: torch's transforms carry tensors only."""
-        items, unflatten = tree.flatten(aux)
-        self._aux_skeleton = ([None if isinstance(x, Tensor) else x for x in items], unflatten)
-        return tuple(x for x in items if isinstance(x, Tensor))
+        tensors, self._restore_aux = tree.tensors_and_rest(aux)
+        return tensors
 
     def aux(self, tensors: Leaves) -> Any:
         """Return the auxiliary output of the last evaluation with these tensors in it."""
-        assert self._aux_skeleton is not None
-        items, unflatten = self._aux_skeleton
-        remaining = iter(tensors)
-        return unflatten([next(remaining) if item is None else item for item in items])
+        assert self._restore_aux is not None
+        return self._restore_aux(tensors)
 
 
 def flat_loss(

@@ -16,7 +16,6 @@ a clock, so the same call always takes the same route.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, get_args
@@ -32,6 +31,7 @@ from secorder_func.errors import (
     HiddenParameterError,
     NoExactRouteError,
     message,
+    warn_user,
 )
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import Mode
@@ -145,7 +145,7 @@ def first_exact(
     eager
         The plain evaluation of the loss, whose own error is the one worth raising when all routes fail.
     """
-    if len(routes) == 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         name, compute = routes[0]
         return name, compute()
     state = RandomState.now(tensors)
@@ -174,10 +174,11 @@ def first_exact(
 def no_exact_route(where: str, failures: Failures) -> NoExactRouteError:
     """Return the error that names what torch said about each route that was tried."""
     tried = "; ".join(f"{name}: {_first_line(error)}" for name, error in failures)
+    routes = "by the named route" if len(failures) == 1 else "by any route"
     return NoExactRouteError(
         message(
             where,
-            f"torch has no exact second derivative of this loss by any route ({tried})",
+            f"torch has no exact second derivative of this loss {routes} ({tried})",
             "Replace the function that the message names, or estimate the product with finite_difference_hvp",
         )
     )
@@ -187,15 +188,8 @@ def _warn(where: str, failures: Failures, name: str) -> None:
     cause = "; ".join(
         f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures
     )
-    warnings.warn(
-        message(
-            where,
-            cause,
-            f"Took {name} instead, which is exact too; name it with mode= to silence this",
-        ),
-        CurvatureFallbackWarning,
-        stacklevel=4,
-    )
+    mend = f"Took {name} instead, which is exact too"
+    warn_user(message(where, cause, mend), CurvatureFallbackWarning)
 
 
 def _first_line(error: BaseException) -> str:

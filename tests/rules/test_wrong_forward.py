@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import CurvatureFallbackWarning, hessian_operator, hvp
-from secorder_func.rules import WrongForwardRuleError
+from secorder_func.errors import NoExactRouteError
 from tests import oracles
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
@@ -89,7 +89,7 @@ def test_auto_takes_reverse_mode_says_so_and_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_named_forward_mode_raises(name: str) -> None:
     function, f = CASES[name]
-    with pytest.raises(WrongForwardRuleError, match=function):
+    with pytest.raises(NoExactRouteError, match=function):
         hvp(f, mode="forward_over_reverse")(P, V)
 
 
