@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from secorder_func import tree
+from secorder_func import checks, tree
 
 # ------------------------------------------------------------------------------------ on examples
 
@@ -102,14 +102,14 @@ def test_params_that_cannot_be_differentiated_are_refused(
     params: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        tree.check_params(params, "here")
+        checks.check_params(params, "here")
 
 
 @pytest.mark.parametrize(
     "params", [torch.zeros(2), torch.zeros(2, dtype=torch.complex64), [torch.zeros(0)]]
 )
 def test_floating_and_complex_params_pass(params: Any) -> None:
-    assert tree.check_params(params, "here") is None
+    assert checks.check_params(params, "here") is None
 
 
 L = {"a": torch.zeros(2, 3), "b": [torch.zeros(())]}
@@ -151,7 +151,7 @@ def test_what_is_no_vector_of_the_space_is_refused(
     v: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        tree.check_like(v, L, "here")
+        checks.check_like(v, L, "here")
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,10 @@ def test_what_is_no_vector_of_the_space_is_refused(
 )
 def test_what_is_no_stack_of_vectors_is_refused(v: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        tree.check_like(v, L, "here", name="vectors", batched=True)
+        checks.check_like(v, L, "here", name="vectors", batched=True)
     assert "tree.stack" in str(caught.value)
 
 
 def test_a_stack_of_vectors_passes() -> None:
     v = {"b": [torch.zeros(4)], "a": torch.zeros(4, 2, 3)}
-    assert tree.check_like(v, L, "here", batched=True) is None
+    assert checks.check_like(v, L, "here", batched=True) is None

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secorder_func import hessian_operator, hvp, tree
+from secorder_func import checks, hessian_operator, hvp, tree
 from tests import oracles
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -98,7 +98,7 @@ def test_ravel_keeps_leading_axes(x: Any, count: int) -> None:
 @given(trees())
 def test_the_order_of_dict_keys_is_no_part_of_a_vector(x: Any) -> None:
     assert torch.equal(tree.ravel(x)[0], tree.ravel(_reordered(x))[0])
-    tree.check_like(_reordered(x), x, "test")
+    checks.check_like(_reordered(x), x, "test")
     assert tree.dot(x, _reordered(x)) == tree.dot(x, x)
 
 
@@ -170,7 +170,7 @@ def test_every_leaf_has_the_path_that_reaches_it(x: Any) -> None:
 def test_random_like_depends_on_its_generator_only(x: Any, seed: int) -> None:
     draws = [tree.random_like(x, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
     assert _identical(*draws)
-    tree.check_like(draws[0], x, "test")
+    checks.check_like(draws[0], x, "test")
 
 
 @given(trees(), st.integers(0, 2**16))

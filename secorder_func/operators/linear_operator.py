@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import check_like, check_params
 from secorder_func.errors import MissingExtraError, message
 from secorder_func.typing import MatVec, Tree
 
@@ -59,7 +60,7 @@ class LinearOperator:
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        tree.check_params(self.like, "LinearOperator", name="like")
+        check_params(self.like, "LinearOperator", name="like")
 
     # ------------------------------------------------------------------------------ what it is
 
@@ -90,7 +91,7 @@ class LinearOperator:
 
     def __matmul__(self, v: Tree) -> Tree:
         """Return the product with one vector."""
-        tree.check_like(v, self.like, "LinearOperator @ v")
+        check_like(v, self.like, "LinearOperator @ v")
         return self.matvec(v)
 
     def mm(self, vectors: Tree, /, *, chunk_size: int | None = None) -> Tree:
@@ -98,7 +99,7 @@ class LinearOperator:
 
         Every leaf of `vectors` and of the result has a leading axis of length `k`. Memory grows with the chunk.
         """
-        tree.check_like(vectors, self.like, "LinearOperator.mm", name="vectors", batched=True)
+        check_like(vectors, self.like, "LinearOperator.mm", name="vectors", batched=True)
         count = tree.flatten(vectors)[0][0].shape[0]
         if count == 0:
             return vectors
@@ -115,7 +116,7 @@ class LinearOperator:
 
     def quadratic_forms(self, vectors: Tree, /) -> Tensor:
         """Return `v_k . A v_k` of `k` stacked vectors, shape `(k,)`, real."""
-        tree.check_like(
+        check_like(
             vectors, self.like, "LinearOperator.quadratic_forms", name="vectors", batched=True
         )
         if self.quadratic is not None:
@@ -128,7 +129,7 @@ class LinearOperator:
         """Return the sum with another operator on the same space."""
         if not isinstance(other, LinearOperator):
             return NotImplemented
-        tree.check_like(other.like, self.like, "LinearOperator + other", name="other")
+        check_like(other.like, self.like, "LinearOperator + other", name="other")
         both = None
         if self.matmat is not None and other.matmat is not None:
             both = _sum_of(self.matmat, other.matmat)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import check_like
 from secorder_func.errors import message
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves, flat_loss
@@ -70,7 +71,7 @@ def finite_difference_hvp(
     def estimate(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Tree:
         where = "finite_difference_hvp"
         loss = flat_loss(f, params, args, kwargs, has_aux=False, where=where)
-        tree.check_like(v, params, where)
+        check_like(v, params, where)
         vector = tuple(tree.flatten(v)[0])
 
         def gradient(leaves: Leaves) -> Leaves:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import evaluation
 from secorder_func.transforms.loss import Leaves, checked_scalar
@@ -78,7 +79,7 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
 
     def product(params: Tree, v: Tree, /, inputs: Any, targets: Any) -> Tree:
         model = flat_model(model_fn, loss_fn, params, inputs, targets, where="ggnvp")
-        tree.check_like(v, params, "ggnvp")
+        check_like(v, params, "ggnvp")
         vector = tuple(tree.flatten(v)[0])
         outside = differentiated_outside(params, v, inputs, targets)
 
@@ -175,7 +176,7 @@ def flat_model(
     model_fn: ModelFn, loss_fn: LossFn, params: Tree, inputs: Any, targets: Any, *, where: str
 ) -> FlatModel:
     """Bind everything but the leaves of `params`, which are checked."""
-    tree.check_params(params, where)
+    check_params(params, where)
     leaves, unflatten = tree.flatten(params)
     return FlatModel(
         model=lambda leaves: model_fn(unflatten(leaves), inputs),

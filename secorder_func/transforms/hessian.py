@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from secorder_func import tree
+from secorder_func.checks import check_like
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
     check_mode,
@@ -128,7 +129,7 @@ def _product(
     where: str,
 ) -> tuple[FlatLoss, Product]:
     loss = flat_loss(f, params, args, kwargs, has_aux=has_aux, where=where)
-    tree.check_like(v, params, where)
+    check_like(v, params, where)
     vector = tuple(tree.flatten(v)[0])
     outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
 

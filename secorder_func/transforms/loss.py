@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluation
 from secorder_func.typing import LossFn, Tree
@@ -106,7 +107,7 @@ def flat_loss(
     where: str,
 ) -> FlatLoss:
     """Bind everything but the leaves of `params`, which are checked."""
-    tree.check_params(params, where)
+    check_params(params, where)
     leaves, unflatten = tree.flatten(params)
 
     def evaluate(leaves: Leaves) -> Any:

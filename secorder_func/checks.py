@@ -1,0 +1,118 @@
+"""Refusals of trees that are not what a function needs: where, expected, given, mend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.errors import message
+from secorder_func.typing import Tree
+
+__all__ = ["check_like", "check_params"]
+
+
+def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:
+    """Refuse a tree that cannot be differentiated with respect to.
+
+    Raises
+    ------
+    TypeError
+        A leaf is not a tensor.
+    ValueError
+        There is no leaf, or a leaf is neither of a floating nor of a complex dtype.
+    """
+    leaves, _ = tree.flatten(params)
+    if not leaves:
+        raise ValueError(message(where, f"{name} has no tensor in it", "Give it at least one leaf"))
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                message(
+                    where,
+                    f"every leaf of {name} must be a tensor. At {_place(params, index)} got "
+                    f"{type(leaf).__name__}",
+                    _mend_for_non_tensor(leaf, name),
+                )
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ValueError(
+                message(
+                    where,
+                    f"every leaf of {name} must be of a floating or complex dtype. "
+                    f"At {_place(params, index)} got {leaf.dtype}",
+                    "Pass what is not differentiated as a further argument of the function",
+                )
+            )
+
+
+def check_like(
+    v: Tree, params: Tree, /, where: str, *, name: str = "v", batched: bool = False
+) -> None:
+    """Refuse a `v` that is not a vector of the space of `params`.
+
+    With `batched`, every leaf of `v` has one more leading axis, of one length for all leaves.
+
+    Raises
+    ------
+    TypeError
+        The structures differ or a leaf is not a tensor.
+    ValueError
+        A leaf has another shape, dtype or device.
+    """
+    mend = f"Build {name} with secorder_func.tree.random_like(params)"
+    if batched:
+        mend = f"Stack vectors with secorder_func.tree.stack([...]) to build {name}"
+    v_leaves, leaves = tree.flatten(v)[0], tree.flatten(params)[0]
+    v_spec, spec = tree.structure(v), tree.structure(params)
+    if v_spec != spec:
+        raise TypeError(
+            message(
+                where,
+                f"{name} must have the structure of params. Expected {spec}, got {v_spec}",
+                mend,
+            )
+        )
+    rows = None
+    for index, (got, like) in enumerate(zip(v_leaves, leaves, strict=True)):
+        if got is like:
+            continue
+        if not isinstance(got, Tensor):
+            problem = f"expected a tensor, got {type(got).__name__}"
+            raise TypeError(_mismatch(where, name, params, index, problem, mend))
+        shape = got.shape[1:] if batched and got.ndim else got.shape
+        if shape != like.shape or (batched and not got.ndim):
+            expected = (
+                f"(k, {', '.join(str(n) for n in like.shape)})" if batched else tuple(like.shape)
+            )
+            problem = f"expected shape {expected}, got {tuple(got.shape)}"
+            raise ValueError(_mismatch(where, name, params, index, problem, mend))
+        if batched:
+            rows = got.shape[0] if rows is None else rows
+            if got.shape[0] != rows:
+                problem = (
+                    f"expected {rows} stacked vectors as in the leaf before, got {got.shape[0]}"
+                )
+                raise ValueError(_mismatch(where, name, params, index, problem, mend))
+        for what in ("dtype", "device"):
+            if getattr(got, what) != getattr(like, what):
+                problem = f"expected {what} {getattr(like, what)}, got {getattr(got, what)}"
+                raise ValueError(_mismatch(where, name, params, index, problem, mend))
+
+
+def _mismatch(where: str, name: str, params: Tree, index: int, problem: str, mend: str) -> str:
+    return message(where, f"{name} must match params. At {_place(params, index)} {problem}", mend)
+
+
+def _place(where_in: Tree, index: int) -> str:
+    return tree.paths(where_in)[index] or "the root"
+
+
+def _mend_for_non_tensor(leaf: Any, name: str) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "Take a module's parameters with dict(module.named_parameters()) or functional_loss"
+    if isinstance(leaf, (bool, int, float, complex)):
+        return f"Make it a tensor, or pass it as a further argument beside {name}"
+    return "Register the class with optree.register_pytree_node if it holds tensors"
