@@ -15,7 +15,18 @@ import pytest
 import secorder_func
 from secorder_func import errors, probes, tree
 
-CORE = ["algorithms", "errors", "nn", "operators", "rules", "transforms", "tree", "typing"]
+CORE = [
+    "algorithms",
+    "checks",
+    "compat",
+    "errors",
+    "nn",
+    "operators",
+    "rules",
+    "transforms",
+    "tree",
+    "typing",
+]
 
 
 def _modules() -> list[str]:
@@ -132,3 +143,13 @@ def test_the_core_works_without_scipy_matplotlib_rich_and_scikit_learn() -> None
     )
     assert done.returncode == 0, done.stderr
     assert "LinearOperator.scipy needs SciPy" in done.stdout
+
+
+def test_the_first_product_of_a_process_raises_no_warning_of_torch() -> None:
+    program = (
+        "import torch; from secorder_func import hvp; "
+        "print(hvp(lambda p: (p**3).sum())(torch.ones(1), torch.ones(1)).item())"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "6.0\n"), done.stderr

@@ -27,9 +27,9 @@ def install_as_torch_secorder() -> None:
     Examples
     --------
     >>> from secorder_func.compat import install_as_torch_secorder
-    >>> install_as_torch_secorder()
-    >>> from torch_secorder.core.hvp import exact_hvp
-    >>> exact_hvp.__module__
+    >>> install_as_torch_secorder()  # doctest: +SKIP
+    >>> from torch_secorder.core.hvp import exact_hvp  # doctest: +SKIP
+    >>> exact_hvp.__module__  # doctest: +SKIP
     'secorder_func.compat.core.hvp'
     """
     ours = importlib.import_module("secorder_func.compat")

@@ -5,7 +5,10 @@ torch types the results of `jvp` and `vjp` as unions over `has_aux`; here every 
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch.func
@@ -16,8 +19,18 @@ __all__ = ["grad", "jvp", "jvp_aux", "vjp", "vjp_aux"]
 Function = Callable[..., Any]
 
 
+@cache
+def _prepare_forward_mode() -> None:
+    """Load torch's forward rules, which torch does at the first jvp with a warning of its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
 def jvp(f: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """Return `f(*primals)` and its derivative along `tangents`."""
+    if not torch.compiler.is_compiling():
+        _prepare_forward_mode()
     output, tangent = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
     return output, tangent
 
@@ -26,6 +39,8 @@ def jvp_aux(
     f: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any, Any]:
     """Return the output, its derivative and the auxiliary output of `f(*primals) -> (output, aux)`."""
+    if not torch.compiler.is_compiling():
+        _prepare_forward_mode()
     output, tangent, aux = torch.func.jvp(f, primals, tangents, has_aux=True)  # type: ignore[misc]
     return output, tangent, aux
 
