@@ -13,6 +13,7 @@ from torch.func import vmap
 from secorder_func import tree
 from secorder_func.errors import message
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.gauss_newton import flat_model, ggn_forward, ggn_pullbacks
 from secorder_func.transforms.hessian import forward_over_reverse
@@ -229,7 +230,8 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
                         "Make a new operator at the new parameters",
                     )
                 )
-            return unflatten(multiply(tuple(tree.flatten(v)[0])))
+            with out_of_inference_mode():
+                return unflatten(multiply(tuple(tree.flatten(without_inference_tensors(v))[0])))
 
         return apply
 

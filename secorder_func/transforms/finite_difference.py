@@ -11,6 +11,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import check_like
 from secorder_func.errors import message
+from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.torch_func import grad
@@ -72,15 +73,16 @@ def finite_difference_hvp(
         where = "finite_difference_hvp"
         loss = flat_loss(f, params, args, kwargs, has_aux=False, where=where)
         check_like(v, params, where)
-        vector = tuple(tree.flatten(v)[0])
+        vector = tuple(tree.flatten(without_inference_tensors(v))[0])
 
         def gradient(leaves: Leaves) -> Leaves:
             result: Leaves = grad(loss.at(forward=False, higher=False), has_aux=True)(leaves)[0]
             return result
 
-        leaves = central_difference(
-            gradient, loss.leaves, vector, num_steps=num_steps, damping=damping
-        )
+        with out_of_inference_mode():
+            leaves = central_difference(
+                gradient, loss.leaves, vector, num_steps=num_steps, damping=damping
+            )
         return loss.unflatten(leaves)
 
     return estimate

@@ -14,6 +14,7 @@ from secorder_func import tree
 from secorder_func.checks import check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import evaluation
+from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.policy import (
     check_mode,
@@ -80,7 +81,7 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
     def product(params: Tree, v: Tree, /, inputs: Any, targets: Any) -> Tree:
         model = flat_model(model_fn, loss_fn, params, inputs, targets, where="ggnvp")
         check_like(v, params, "ggnvp")
-        vector = tuple(tree.flatten(v)[0])
+        vector = tuple(tree.flatten(without_inference_tensors(v))[0])
         outside = differentiated_outside(params, v, inputs, targets)
 
         def compute(route: Mode) -> Leaves:
@@ -177,6 +178,7 @@ def flat_model(
 ) -> FlatModel:
     """Bind everything but the leaves of `params`, which are checked."""
     check_params(params, where)
+    params, inputs, targets = without_inference_tensors((params, inputs, targets))
     leaves, unflatten = tree.flatten(params)
     return FlatModel(
         model=lambda leaves: model_fn(unflatten(leaves), inputs),

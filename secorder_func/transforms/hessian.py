@@ -10,6 +10,7 @@ import torch
 
 from secorder_func import tree
 from secorder_func.checks import check_like
+from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
     check_mode,
@@ -130,7 +131,7 @@ def _product(
 ) -> tuple[FlatLoss, Product]:
     loss = flat_loss(f, params, args, kwargs, has_aux=has_aux, where=where)
     check_like(v, params, where)
-    vector = tuple(tree.flatten(v)[0])
+    vector = tuple(tree.flatten(without_inference_tensors(v))[0])
     outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
 
     def compute(route: Mode) -> Product:

@@ -13,6 +13,7 @@ from secorder_func import tree
 from secorder_func.checks import check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluation
+from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.typing import LossFn, Tree
 
 __all__ = ["FlatLoss", "LeafLoss", "checked_scalar", "flat_loss"]
@@ -108,6 +109,7 @@ def flat_loss(
 ) -> FlatLoss:
     """Bind everything but the leaves of `params`, which are checked."""
     check_params(params, where)
+    params, args, kwargs = without_inference_tensors((params, args, kwargs))
     leaves, unflatten = tree.flatten(params)
 
     def evaluate(leaves: Leaves) -> Any:

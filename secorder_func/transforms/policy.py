@@ -33,6 +33,7 @@ from secorder_func.errors import (
     message,
     warn_user,
 )
+from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import Mode
 
@@ -155,7 +156,8 @@ def first_exact(
         if hidden and name != "double_backward":
             continue
         try:
-            result = compute()
+            with out_of_inference_mode():
+                result = compute()
         except ArgumentError:
             raise
         except RuntimeError as error:

@@ -1,0 +1,132 @@
+"""Piecewise losses and activations that torch differentiates once, or twice by reverse mode only, written out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.rules.registry import Rules, repairs
+
+__all__: list[str] = []
+
+_NO_SECOND = "its backward has no derivative in torch"
+_NO_FORWARD = "its backward has no forward rule in torch"
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Apply a loss's `reduction`."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+@repairs(F.soft_margin_loss, because=_NO_FORWARD)
+def _soft_margin_loss(
+    rules: Rules,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    unusual = size_average is not None or reduce is not None or input.shape != target.shape
+    if unusual or reduction not in ("mean", "sum", "none"):
+        return F.soft_margin_loss(input, target, size_average, reduce, reduction)
+    z = -target * input
+    return reduced(torch.logaddexp(torch.zeros_like(z), z), reduction)
+
+
+@repairs(F.huber_loss, because=_NO_FORWARD)
+def _huber_loss(
+    rules: Rules,
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    if (
+        weight is not None
+        or reduction not in ("mean", "sum", "none")
+        or input.shape != target.shape
+    ):
+        extra = {} if weight is None else {"weight": weight}
+        return F.huber_loss(input, target, reduction, delta, **extra)
+    residual = input - target
+    size = residual.abs()
+    losses = torch.where(size <= delta, 0.5 * residual * residual, delta * (size - 0.5 * delta))
+    return reduced(losses, reduction)
+
+
+@repairs(F.hardsigmoid, because=_NO_SECOND)
+def _hardsigmoid(rules: Rules, input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace:
+        return F.hardsigmoid(input, inplace=True)
+    return F.relu6(input + 3) / 6
+
+
+@repairs(F.multi_margin_loss, because=_NO_SECOND)
+def _multi_margin_loss(
+    rules: Rules,
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if input.ndim == 1 and target.numel() == 1:
+        batch = _multi_margin_loss(
+            rules,
+            input[None],
+            target.reshape(1),
+            p,
+            margin,
+            weight,
+            size_average,
+            reduce,
+            reduction,
+        )
+        return batch.reshape(())
+    unusual = size_average is not None or reduce is not None or input.ndim != 2
+    unusual = unusual or target.shape != input.shape[:1]
+    if unusual or p not in (1, 2) or reduction not in ("mean", "sum", "none"):
+        return F.multi_margin_loss(
+            input, target, p, margin, weight, size_average, reduce, reduction
+        )
+    chosen = target.unsqueeze(1)
+    gaps = (margin - input.gather(1, chosen) + input).clamp(min=0)  # (samples, classes)
+    if p == 2:
+        gaps = gaps * gaps
+    if weight is not None:
+        gaps = gaps * weight[target].unsqueeze(1)
+    others = torch.ones_like(input).scatter(1, chosen, 0.0)
+    return reduced((gaps * others).sum(1) / input.shape[1], reduction)
+
+
+@repairs(F.multilabel_margin_loss, because=_NO_SECOND)
+def _multilabel_margin_loss(
+    rules: Rules,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if input.ndim == 1 and target.ndim == 1:
+        batch = _multilabel_margin_loss(
+            rules, input[None], target[None], size_average, reduce, reduction
+        )
+        return batch.reshape(())
+    unusual = size_average is not None or reduce is not None or input.ndim != 2
+    if unusual or target.shape != input.shape or reduction not in ("mean", "sum", "none"):
+        return F.multilabel_margin_loss(input, target, size_average, reduce, reduction)
+    valid = (target >= 0).cumprod(1).to(input.dtype)  # a label of -1 ends a sample's list
+    labels = target.clamp(min=0)
+    is_label = torch.zeros_like(input).scatter_add(1, labels, valid).clamp(max=1)
+    gaps = 1 - input.gather(1, labels).unsqueeze(2) + input.unsqueeze(1)  # (samples, label, class)
+    counted = valid.unsqueeze(2) * (1 - is_label).unsqueeze(1)
+    return reduced((gaps.clamp(min=0) * counted).sum((1, 2)) / input.shape[1], reduction)
