@@ -77,7 +77,7 @@ def check_like(
         )
     rows = None
     for index, (got, like) in enumerate(zip(v_leaves, leaves, strict=True)):
-        if got is like:
+        if got is like and not batched:
             continue
         if not isinstance(got, Tensor):
             problem = f"expected a tensor, got {type(got).__name__}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from secorder_func.errors import message
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules.state import module_attributes_restored
 from secorder_func.typing import ModelFn
 
@@ -41,8 +44,11 @@ def functional_loss(
 
     Raises
     ------
+    TypeError
+        `model` is no module, or a ScriptModule; at a call, `params` is no dict.
     ValueError
-        No parameter requires a gradient.
+        No parameter requires a gradient; at a call, `params` has an unknown name. Parameters that it leaves out keep
+        the model's present values.
 
     Notes
     -----
@@ -103,13 +109,53 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
             )
         )
 
+    known = frozenset(params)
+
     def model_fn(params: Params, inputs: Any) -> Any:
+        _check_names(params, known)
+        kept = {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            if name in known and name not in params
+        }
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        with module_attributes_restored():
-            return functional_call(model, {**params, **buffers}, args, kwargs)
+        with _alone_with(model), module_attributes_restored():
+            return functional_call(model, {**kept, **params, **buffers}, args, kwargs)
 
     return model_fn, params
+
+
+def _check_names(params: Any, known: frozenset[str]) -> None:
+    where = "the function of functional_loss or functional_model"
+    if not isinstance(params, Mapping):
+        given = type(params).__name__
+        raise ArgumentTypeError(
+            message(
+                where,
+                f"params must be a dict by parameter name, got {given}",
+                "Pass params as returned",
+            )
+        )
+    unknown = sorted(name for name in params if name not in known)
+    if unknown:
+        raise ArgumentError(
+            message(
+                where,
+                f"params has a name that is no free parameter of the model: {unknown[0]!r}. "
+                f"Expected names among {sorted(known)}",
+            )
+        )
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _alone_with(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let one thread at a time exchange a module's parameters: functional_call does so on the module itself."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -73,7 +73,7 @@ def hessian_product(
         return product
 
     with torch.enable_grad():  # a hidden parameter shows in the history of the loss
-        product = with_unused_known(func, params, attempt)
+        product = with_unused_known(func, params, attempt, where)
     return tuple(leaf.detach() for leaf in product)
 
 
@@ -105,7 +105,7 @@ def hessian_operator_of(
         return op
 
     with torch.enable_grad():
-        return with_unused_known(func, params, attempt)
+        return with_unused_known(func, params, attempt, where)
 
 
 def _double_backward_operator(
@@ -163,5 +163,5 @@ def gauss_newton(
         return product
 
     with torch.enable_grad():
-        product = with_unused_known(output, params, attempt)
+        product = with_unused_known(output, params, attempt, where)
     return tuple(leaf.detach() for leaf in product)

@@ -22,7 +22,7 @@ from secorder_func.errors import (
     message,
     warn_user,
 )
-from secorder_func.rules import evaluation
+from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.finite_difference import central_difference
@@ -49,7 +49,7 @@ def closure_difference(
     state = RandomState.now(params)
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            found = with_unused_known(func, params, exchanging)
+            found = with_unused_known(func, params, exchanging, where)
         except HiddenParameterError as hidden:
             state.restore()
             found = along(lambda at: _gradient_in_place(func, params, at, where))
@@ -73,11 +73,13 @@ def _gradient_exchanged(
     """
     at = tuple(leaf.detach().requires_grad_() for leaf in at)
     exchange = list(zip(params, at, strict=True))
-    with evaluation(forward=False, higher=False, exchange=exchange, protect=at) as rules:
+
+    def gradient(rules: SecondOrderRules) -> Leaves:
         loss = checked_scalar(func(), where)
         refuse_hidden(params, unused)(rules, loss)
-        found = gradients([loss], at) if loss.requires_grad else [None] * len(at)
-    return or_zeros(found, at)
+        return or_zeros(gradients([loss], at) if loss.requires_grad else [None] * len(at), at)
+
+    return evaluated(gradient, forward=False, higher=False, exchange=exchange, protect=at)
 
 
 def _gradient_in_place(func: Func, params: Leaves, at: Leaves, where: str) -> Leaves:
@@ -91,10 +93,8 @@ def _gradient_in_place(func: Func, params: Leaves, at: Leaves, where: str) -> Le
             )
         )
     mark = torch.zeros((), requires_grad=True).clone().grad_fn
-    with (
-        _other_data(params, at),
-        evaluation(forward=False, higher=False, protect=params),
-    ):
+
+    def gradient(rules: SecondOrderRules) -> Leaves:
         loss = checked_scalar(func(), where)
         if not loss.requires_grad:
             return or_zeros([None] * len(params), params)
@@ -111,8 +111,11 @@ def _gradient_in_place(func: Func, params: Leaves, at: Leaves, where: str) -> Le
                     "Compute the whole loss inside the closure, or use exact_hvp",
                 )
             )
-        found = gradients([loss], params)
-    return tuple(leaf.clone() for leaf in or_zeros(found, params))
+        return or_zeros(gradients([loss], params), params)
+
+    with _other_data(params, at):
+        found = evaluated(gradient, forward=False, higher=False, protect=params)
+    return tuple(leaf.clone() for leaf in found)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ The last resort of a closure, and the way to a result with a graph (`create_grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from secorder_func.errors import (
     NoExactRouteError,
     message,
 )
-from secorder_func.rules import evaluation
+from secorder_func.rules import SecondOrderRules, evaluated, evaluation
+from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.cut_graphs import refuse_cut_history
 from secorder_func.transforms.loss import checked_scalar
 
@@ -56,7 +57,9 @@ class DoubleBackward:
         self.params = params
         self.create_graph = create_graph
         self.keep = keep or create_graph
-        with self._under_rules():
+        self.higher = create_graph
+
+        def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
             loss = checked_scalar(func(), where)
             if not loss.requires_grad:
                 raise ArgumentError(
@@ -67,7 +70,13 @@ class DoubleBackward:
                     )
                 )
             refuse_cut_history([loss.grad_fn])
-            self.gradient = gradients([loss], params, create_graph=True)
+            self.higher = rules.higher
+            return gradients([loss], params, create_graph=True)
+
+        with _recording():
+            self.gradient = evaluated(
+                differentiate, forward=False, higher=create_graph, protect=params
+            )
         refuse_cut_history([g.grad_fn for g in self.gradient if g is not None and g.requires_grad])
 
     def __call__(self, vector: Leaves) -> Leaves:
@@ -82,8 +91,13 @@ class DoubleBackward:
         with self._under_rules():
             return _pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
 
-    def _under_rules(self) -> AbstractContextManager[Any]:
-        return _evaluating(self.params, self.create_graph)
+    @contextmanager
+    def _under_rules(self) -> Iterator[None]:
+        with (
+            _recording(),
+            evaluation(forward=False, higher=self.higher, protect=self.params),
+        ):
+            yield
 
 
 def ggn_double_backward(
@@ -96,7 +110,8 @@ def ggn_double_backward(
     create_graph: bool,
 ) -> Leaves:
     """Return `J^T H_L J v`, `J v` as the derivative of the pullback with respect to its cotangent."""
-    with _evaluating(params, create_graph):
+
+    def differentiate(rules: SecondOrderRules) -> Leaves:
         outputs, smooth = _cloned(output())
         if not smooth:
             raise ArgumentTypeError(
@@ -113,6 +128,9 @@ def ggn_double_backward(
         bent = _pull(_paired(slope, tangents), smooth, create_graph=True)
         return _pull(list(zip(smooth, bent, strict=True)), params, create_graph=create_graph)
 
+    with _recording():
+        return evaluated(differentiate, forward=False, higher=create_graph, protect=params)
+
 
 def _cloned(outputs: Any) -> tuple[Any, Leaves]:
     """Return the outputs with copies of the differentiable ones, and the copies.
@@ -128,12 +146,10 @@ def _cloned(outputs: Any) -> tuple[Any, Leaves]:
     return unflatten(items), tuple(copies)
 
 
-def _evaluating(params: Leaves, create_graph: bool) -> AbstractContextManager[Any]:
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(evaluation(forward=False, higher=create_graph, protect=params))
-    return stack
+@contextmanager
+def _recording() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def gradients(
@@ -141,7 +157,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Return autograd's derivatives, None for an input that no output depends on."""
     try:
-        found: Any = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+        found: Any = grad_under_rules(outputs, inputs, cotangents, allow_unused=True, **options)
     except RuntimeError as error:
         cause = str(error).splitlines()[0].rstrip(".")
         raise NoExactRouteError(

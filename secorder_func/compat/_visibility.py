@@ -16,8 +16,8 @@ from torch._C import _functorch
 
 from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
-from secorder_func.errors import HiddenParameterError
-from secorder_func.rules import SecondOrderRules, evaluation
+from secorder_func.errors import ArgumentError, HiddenParameterError, message
+from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
 
@@ -34,7 +34,7 @@ class _UnmetParameters(Exception):  # noqa: N818 - a signal, not an error
 
 
 def with_unused_known(
-    evaluate: Callable[[], Any], params: Leaves, attempt: Callable[[Unused], T]
+    evaluate: Callable[[], Any], params: Leaves, attempt: Callable[[Unused], T], where: str
 ) -> T:
     """Return `attempt(None)`, or, if it meets a parameter nowhere, attempt again with the unused ones named.
 
@@ -45,17 +45,35 @@ def with_unused_known(
         return attempt(None)
     except _UnmetParameters:
         state.restore()
-        with torch.enable_grad(), evaluation(forward=False, higher=False, protect=params):
-            outputs = tree.tensors_in(evaluate())
+        with torch.enable_grad():
+            outputs = evaluated(
+                lambda rules: tree.tensors_in(evaluate()),
+                forward=False,
+                higher=False,
+                protect=params,
+            )
         unused = frozenset(range(len(params))) - reached(outputs, params)
+        if len(unused) == len(params):
+            raise ArgumentError(
+                message(
+                    where,
+                    "the loss does not depend on any parameter",
+                    "Check what the closure returns",
+                )
+            ) from None
         state.restore()
         return attempt(unused)
 
 
 def refuse_hidden(params: Leaves, unused: Unused) -> Callable[..., None]:
     """Return the check of one evaluation: every parameter was met, and no output's history reaches one."""
+    dependent = _dependent(params)
 
     def verify(rules: SecondOrderRules, *outputs: Tensor) -> None:
+        if dependent is not None:
+            raise HiddenParameterError(
+                f"params[{dependent}] is computed from another parameter, with which it cannot be exchanged"
+            )
         missed = [i for i, p in enumerate(params) if id(p) not in rules.seen]
         if missed and unused is None:
             raise _UnmetParameters
@@ -66,6 +84,14 @@ def refuse_hidden(params: Leaves, unused: Unused) -> Callable[..., None]:
             )
 
     return verify
+
+
+def _dependent(params: Leaves) -> int | None:
+    """Return a parameter that is computed from another one in the list, by index."""
+    for index, leaf in enumerate(params):
+        if leaf.grad_fn is not None and reached_from([leaf.grad_fn], params) - {index}:
+            return index
+    return None
 
 
 def reached(outputs: Iterable[Tensor], params: Leaves) -> frozenset[int]:

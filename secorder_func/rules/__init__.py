@@ -17,7 +17,7 @@ from secorder_func.rules import (
     normalization,
     wrong_forward,
 )
-from secorder_func.rules.mode import SecondOrderRules, evaluation
+from secorder_func.rules.mode import SecondOrderRules, evaluated, evaluation
 from secorder_func.rules.registry import REPAIRS, Repair, WrongForwardRuleError, repairs
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "determinant",
     "distances",
     "embeddings",
+    "evaluated",
     "evaluation",
     "gradient_stops",
     "losses",

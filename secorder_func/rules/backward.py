@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.registry import DifferentiatesInside, Rules, repairs
 from secorder_func.rules.see_through import see_through
 
-__all__: list[str] = []
+__all__ = ["grad_under_rules"]
 
-_grad = see_through(torch.autograd.grad)
+grad_under_rules = see_through(torch.autograd.grad)
+"""torch.autograd.grad, which lets the rules in force see what its backward pass evaluates."""
 
 
 @repairs(torch.autograd.grad, because="checkpointed segments run again inside it")
 def _autograd_grad(rules: Rules, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return torch.autograd.grad(*args, **kwargs)
+    if kwargs.get("create_graph") and not rules.higher:
+        raise DifferentiatesInside
     with rules.on():
-        return _grad(*args, **kwargs)
+        return grad_under_rules(*args, **kwargs)

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
-from secorder_func.rules.registry import REPAIRS
-from secorder_func.rules.state import Shadows, module_attributes_restored, writes_first_argument
+from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.registry import REPAIRS, DifferentiatesInside
+from secorder_func.rules.state import Shadows, module_attributes_restored
+from secorder_func.rules.writes import redirected
 
-__all__ = ["SecondOrderRules", "evaluation"]
+__all__ = ["SecondOrderRules", "evaluated", "evaluation"]
+
+T = TypeVar("T")
+
+_GRAD, _JVP = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
 
 
 class SecondOrderRules(TorchFunctionMode):
@@ -33,13 +40,24 @@ class SecondOrderRules(TorchFunctionMode):
         protect: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
-        self.forward = forward
-        self.higher = higher
+        self._forward = forward
+        self._higher = higher
+        self._levels = len(_differentiating_levels())
         self.shadows = Shadows()
         self.seen: set[int] = set()
         for original, stand_in in exchange or ():
             self.shadows.replaced[id(original)] = (original, stand_in)
         self.shadows.protect(protect)
+
+    @property
+    def forward(self) -> bool:
+        """Whether some level, around the loss or inside it, differentiates in forward mode."""
+        return self._forward or _JVP in _differentiating_levels()
+
+    @property
+    def higher(self) -> bool:
+        """Whether derivatives beyond the second may be taken, outside or by a transform inside the loss."""
+        return self._higher or len(_differentiating_levels()) > self._levels
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what a repair calls."""
@@ -57,13 +75,9 @@ class SecondOrderRules(TorchFunctionMode):
         if self.shadows.replaced:
             args = self._exchanged(args, touched)
             kwargs = self._exchanged(kwargs, touched)
-        if args and isinstance(args[0], Tensor):
-            if writes_first_argument(func):
-                args = (self.shadows.stand_in(args[0]), *args[1:])
-            else:
-                self.shadows.note_captured(args[0])
-        if isinstance(kwargs.get("out"), Tensor):
-            kwargs = {**kwargs, "out": self.shadows.stand_in(kwargs["out"])}
+        args, kwargs, writes = redirected(func, args, kwargs, self.shadows.stand_in)
+        if args and not writes and isinstance(args[0], Tensor):
+            self.shadows.note_captured(args[0])
 
         result = self._repaired(func, args, kwargs)
         if touched and _holds_tensor(result):
@@ -93,6 +107,14 @@ class SecondOrderRules(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._exchanged(item, touched) for key, item in value.items()}
         return value
+
+
+def _differentiating_levels() -> list[Any]:
+    """Return the kinds of the functorch levels in force that differentiate, outermost first."""
+    if torch.compiler.is_compiling():
+        return []
+    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
+    return [kind for kind in kinds if kind in (_GRAD, _JVP)]
 
 
 def _holds_tensor(result: Any) -> bool:
@@ -125,6 +147,36 @@ def evaluation(
     """
     rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange, protect=protect)
     return _traced(rules) if torch.compiler.is_compiling() else _guarded(rules)
+
+
+def evaluated(
+    evaluate: Callable[[SecondOrderRules], T],
+    *,
+    forward: bool,
+    higher: bool,
+    exchange: list[tuple[Tensor, Tensor]] | None = None,
+    protect: Sequence[Tensor] = (),
+) -> T:
+    """Return `evaluate(rules)` under the rules; arguments as for `evaluation`.
+
+    A loss that turns out to differentiate by `torch.autograd.grad` is evaluated again, with the same random
+    numbers, by functions that have right third derivatives.
+    """
+    if torch.compiler.is_compiling():
+        with evaluation(
+            forward=forward, higher=higher, exchange=exchange, protect=protect
+        ) as rules:
+            return evaluate(rules)
+    state = RandomState.now(protect)
+    try:
+        with evaluation(
+            forward=forward, higher=higher, exchange=exchange, protect=protect
+        ) as rules:
+            return evaluate(rules)
+    except DifferentiatesInside:
+        state.restore()
+    with evaluation(forward=forward, higher=True, exchange=exchange, protect=protect) as rules:
+        return evaluate(rules)
 
 
 @contextmanager

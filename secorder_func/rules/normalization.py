@@ -99,6 +99,39 @@ def _standardised(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return output.to(input.dtype) if half else output
 
 
+@repairs(torch.layer_norm, because=_WRONG_THIRD)
+def _direct_layer_norm(rules: Rules, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    kwargs.pop("cudnn_enable", None)
+    return _layer_norm(rules, input, *args[:4], **kwargs)
+
+
+def _direct(of_channels: Any) -> Any:
+    """Return the repair of torch.batch_norm or torch.instance_norm, which order their arguments otherwise."""
+
+    def apply(
+        rules: Rules,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        output: Tensor = of_channels(
+            rules, input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return output
+
+    return apply
+
+
+repairs(torch.batch_norm, because=_WRONG_THIRD)(_direct(_batch_norm))
+repairs(torch.instance_norm, because=_WRONG_THIRD)(_direct(_instance_norm))
+
+
 def _per_channel(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape: Any = (-1, *[1] * (output.ndim - 2))
     if weight is not None:

@@ -11,20 +11,26 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["REPAIRS", "Repair", "Rules", "WrongForwardRuleError", "repairs"]
+__all__ = ["REPAIRS", "DifferentiatesInside", "Repair", "Rules", "WrongForwardRuleError", "repairs"]
 
 
 class Rules(Protocol):
     """What a repair may know of the evaluation that it takes part in."""
 
-    forward: bool
-    """Some level around the loss differentiates in forward mode."""
+    @property
+    def forward(self) -> bool:
+        """Some level differentiates in forward mode."""
 
-    higher: bool
-    """Derivatives beyond the second may be taken of what is computed here."""
+    @property
+    def higher(self) -> bool:
+        """Derivatives beyond the second may be taken of what is computed here."""
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what the repair calls."""
+
+
+class DifferentiatesInside(Exception):  # noqa: N818 - a signal, not an error
+    """The loss takes a derivative that its own derivatives run through."""
 
 
 class WrongForwardRuleError(RuntimeError):

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,34 +19,6 @@ from torch._C import _functorch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 __all__ = ["Shadows", "module_attributes_restored"]
-
-_DUNDER_WRITES = frozenset(
-    f"__i{name}__"
-    for name in (
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    )
-) | {"__setitem__"}
-_NOT_WRITES = frozenset({"requires_grad_", "retain_grad_", "share_memory_"})
-
-
-@cache
-def writes_first_argument(function: Callable[..., Any]) -> bool:
-    """Say whether a torch function writes its first argument in place, by torch's naming rule."""
-    name = getattr(function, "__name__", "")
-    if name in _DUNDER_WRITES:
-        return True
-    return name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITES
 
 
 class Shadows:

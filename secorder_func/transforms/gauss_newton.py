@@ -13,7 +13,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
-from secorder_func.rules import evaluation
+from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.policy import (
@@ -130,13 +130,16 @@ class FlatModel:
             exchange = (
                 None if self.originals is None else list(zip(self.originals, leaves, strict=True))
             )
-            with evaluation(
-                forward=forward, higher=higher, exchange=exchange, protect=leaves
-            ) as rules:
+
+            def evaluate(rules: SecondOrderRules) -> tuple[Leaves, Leaves]:
                 smooth, others = self._split(self.model(leaves))
                 if self.verify is not None:
                     self.verify(rules, *smooth)
-            return smooth, others
+                return smooth, others
+
+            return evaluated(
+                evaluate, forward=forward, higher=higher, exchange=exchange, protect=leaves
+            )
 
         return outputs
 
@@ -146,15 +149,22 @@ class FlatModel:
         assert assemble is not None
 
         def loss(smooth: Leaves) -> Tensor:
-            with evaluation(forward=forward, higher=higher):
+            def evaluate(rules: SecondOrderRules) -> Tensor:
                 return checked_scalar(self.loss(assemble(smooth, others)), self.where)
+
+            return evaluated(evaluate, forward=forward, higher=higher)
 
         return loss
 
     def eager(self) -> object:
         """Evaluate plainly, for the errors of the user's own functions."""
-        with evaluation(forward=False, higher=False, protect=self.originals or self.leaves):
-            return self.loss(self.model(self.leaves))
+        protect = self.originals or self.leaves
+        return evaluated(
+            lambda rules: self.loss(self.model(self.leaves)),
+            forward=False,
+            higher=False,
+            protect=protect,
+        )
 
     def _split(self, outputs: Any) -> tuple[Leaves, Leaves]:
         tensors, restore = tree.tensors_and_rest(outputs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
-from secorder_func.rules import SecondOrderRules, evaluation
+from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.typing import LossFn, Tree
 
@@ -58,21 +58,26 @@ class FlatLoss:
             exchange = (
                 None if self.originals is None else list(zip(self.originals, leaves, strict=True))
             )
-            with evaluation(
-                forward=forward, higher=higher, exchange=exchange, protect=leaves
-            ) as rules:
+
+            def evaluate(rules: SecondOrderRules) -> tuple[Tensor, Leaves]:
                 value, aux = self._split(self.evaluate(leaves))
                 value = checked_scalar(value, self.where)
                 if self.verify is not None:
                     self.verify(rules, value)
-            return value, self._pack(aux)
+                return value, self._pack(aux)
+
+            return evaluated(
+                evaluate, forward=forward, higher=higher, exchange=exchange, protect=leaves
+            )
 
         return loss
 
     def eager(self) -> object:
         """Evaluate plainly, for the errors of the user's own function."""
-        with evaluation(forward=False, higher=False, protect=self.originals or self.leaves):
-            return self.evaluate(self.leaves)
+        protect = self.originals or self.leaves
+        return evaluated(
+            lambda rules: self.evaluate(self.leaves), forward=False, higher=False, protect=protect
+        )
 
     def _split(self, output: Any) -> tuple[Any, Any]:
         if not self.has_aux:

@@ -158,7 +158,7 @@ def first_exact(
         try:
             with out_of_inference_mode():
                 result = compute()
-        except ArgumentError:
+        except (ArgumentError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             failures.append((name, error))
@@ -176,12 +176,12 @@ def first_exact(
 def no_exact_route(where: str, failures: Failures) -> NoExactRouteError:
     """Return the error that names what torch said about each route that was tried."""
     tried = "; ".join(f"{name}: {_first_line(error)}" for name, error in failures)
-    routes = "by the named route" if len(failures) == 1 else "by any route"
     return NoExactRouteError(
         message(
             where,
-            f"torch has no exact second derivative of this loss {routes} ({tried})",
-            "Replace the function that the message names, or estimate the product with finite_difference_hvp",
+            f"torch has no exact second derivative of this loss; tried {tried}",
+            "Replace the function that is to blame, or estimate the product by finite differences: "
+            "finite_difference_hvp for functions, approximate_hvp for closures",
         )
     )
 
