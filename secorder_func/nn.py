@@ -155,7 +155,8 @@ def _alone_with(model: nn.Module) -> AbstractContextManager[Any]:
     """Let one thread at a time exchange a module's parameters: functional_call does so on the module itself."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    return _LOCKS.setdefault(model, threading.RLock())
+    lock: AbstractContextManager[Any] = _LOCKS.setdefault(model, threading.RLock())
+    return lock
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

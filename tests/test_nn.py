@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -230,3 +231,47 @@ def test_a_script_module_is_refused(maker: str) -> None:
 def test_a_module_with_nothing_to_differentiate_is_refused(maker: str, model: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"^{maker}: no parameter .*requires_grad_\(\)"):
         MAKERS[maker](model)
+
+
+def test_one_module_in_several_threads_gives_right_products_and_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    own = list(model.parameters())
+    f, params = functional_loss(model, nn.functional.mse_loss)
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
+    points = [{k: (1 + 0.1 * i) * p for k, p in params.items()} for i in range(4)]
+    v = oracles.random_like(params, 1)
+    product = hvp(f, mode="reverse_over_reverse")
+    expected = [product(point, v, x, y) for point in points]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(25):
+            found = product(points[i], v, x, y)
+            if any(not torch.allclose(found[k], expected[i][k]) for k in found):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+
+
+def test_an_unknown_name_is_refused_and_a_missing_one_keeps_its_value() -> None:
+    model = nn.Linear(3, 2).double()
+    f, params = functional_loss(model, nn.functional.mse_loss)
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    misspelt = {"weigth": params["weight"], "bias": params["bias"]}
+    with pytest.raises(
+        ValueError, match=r"no free parameter of the model: 'weigth'.*'bias', 'weight'"
+    ):
+        f(misspelt, x, y)
+    with pytest.raises(TypeError, match="params must be a dict by parameter name, got list"):
+        f(list(params.values()), x, y)
+    part = {"weight": params["weight"]}
+    v = {"weight": torch.ones_like(params["weight"])}
+    full = oracles.hvp(f, params, {**v, "bias": torch.zeros_like(params["bias"])}, x, y)
+    oracles.assert_same(hvp(f)(part, v, x, y), {"weight": full["weight"]})

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from secorder_func.compat._arguments import Leaves
 from secorder_func.compat._double_backward import DoubleBackward, ggn_double_backward
-from secorder_func.compat._visibility import Unused, refuse_hidden, with_unused_known
+from secorder_func.compat._visibility import Unused, no_dependence, refuse_hidden, with_unused_known
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
+from secorder_func.rules import SecondOrderRules
 from secorder_func.transforms.gauss_newton import FlatModel, ggn_forward, ggn_pullbacks
 from secorder_func.transforms.hessian import forward_over_reverse, reverse_over_reverse
 from secorder_func.transforms.loss import FlatLoss
@@ -30,6 +31,13 @@ Func = Callable[[], Tensor]
 
 def _bound(func: Func, params: Leaves, unused: Unused, where: str) -> FlatLoss:
     """Bind a closure, so that it can be evaluated at other values of `params`."""
+    refuse = refuse_hidden(params, unused)
+
+    def verify(rules: SecondOrderRules, loss: Tensor) -> None:
+        refuse(rules, loss)
+        if not loss.requires_grad:  # at the level that takes the gradient
+            raise no_dependence(where)
+
     return FlatLoss(
         evaluate=lambda leaves: func(),
         leaves=tuple(p.detach() for p in params),
@@ -37,7 +45,7 @@ def _bound(func: Func, params: Leaves, unused: Unused, where: str) -> FlatLoss:
         has_aux=False,
         where=where,
         originals=params,
-        verify=refuse_hidden(params, unused),
+        verify=verify,
     )
 
 
@@ -111,7 +119,7 @@ def hessian_operator_of(
 def _double_backward_operator(
     func: Func, params: Leaves, where: str, *, create_graph: bool
 ) -> LinearOperator:
-    product = DoubleBackward(func, params, where, create_graph=create_graph, keep=True)
+    product = DoubleBackward(func, params, where, create_graph=create_graph)
     return LinearOperator(
         matvec=product, like=params, matmat=product.several, mode="double_backward"
     )

@@ -12,6 +12,7 @@ from secorder_func.compat._arguments import Leaves
 from secorder_func.compat._double_backward import gradients, or_zeros
 from secorder_func.compat._visibility import (
     Unused,
+    no_dependence,
     reached_from,
     refuse_hidden,
     with_unused_known,
@@ -77,7 +78,9 @@ def _gradient_exchanged(
     def gradient(rules: SecondOrderRules) -> Leaves:
         loss = checked_scalar(func(), where)
         refuse_hidden(params, unused)(rules, loss)
-        return or_zeros(gradients([loss], at) if loss.requires_grad else [None] * len(at), at)
+        if not loss.requires_grad:
+            raise no_dependence(where)
+        return or_zeros(gradients([loss], at), at)
 
     return evaluated(gradient, forward=False, higher=False, exchange=exchange, protect=at)
 
@@ -97,7 +100,7 @@ def _gradient_in_place(func: Func, params: Leaves, at: Leaves, where: str) -> Le
     def gradient(rules: SecondOrderRules) -> Leaves:
         loss = checked_scalar(func(), where)
         if not loss.requires_grad:
-            return or_zeros([None] * len(params), params)
+            raise no_dependence(where)
         old = [
             node
             for node in history([loss.grad_fn])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
+from secorder_func.compat._visibility import no_dependence
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -41,8 +42,6 @@ class DoubleBackward:
         The closure, where to differentiate, the public function for messages.
     create_graph
         Whether products can be differentiated again.
-    keep
-        Whether several products are taken.
     """
 
     def __init__(
@@ -52,23 +51,15 @@ class DoubleBackward:
         where: str,
         *,
         create_graph: bool = False,
-        keep: bool = False,
     ) -> None:
         self.params = params
         self.create_graph = create_graph
-        self.keep = keep or create_graph
         self.higher = create_graph
 
         def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
             loss = checked_scalar(func(), where)
             if not loss.requires_grad:
-                raise ArgumentError(
-                    message(
-                        where,
-                        "the loss does not depend on any parameter",
-                        "Check what the closure returns",
-                    )
-                )
+                raise no_dependence(where)
             refuse_cut_history([loss.grad_fn])
             self.higher = rules.higher
             return gradients([loss], params, create_graph=True)
@@ -83,7 +74,7 @@ class DoubleBackward:
         """Return the product with one vector."""
         pairs = _paired(self.gradient, vector)
         with self._under_rules():
-            return _pull(pairs, self.params, create_graph=self.create_graph, keep=self.keep)
+            return _pull(pairs, self.params, create_graph=self.create_graph)
 
     def several(self, vectors: Leaves) -> Leaves:
         """Return the products with vectors stacked along a leading axis."""
@@ -179,12 +170,15 @@ def _paired(outputs: Sequence[Tensor | None], cotangents: Leaves) -> Pairs:
     return [(z, v) for z, v in zipped if z is not None and z.requires_grad]
 
 
-def _pull(pairs: Pairs, params: Leaves, *, create_graph: bool, keep: bool = True) -> Leaves:
-    """Return the derivative of `sum(<output, cotangent>)` in `params`, zeros where there is none."""
+def _pull(pairs: Pairs, params: Leaves, *, create_graph: bool) -> Leaves:
+    """Return the derivative of `sum(<output, cotangent>)` in `params`, zeros where there is none.
+
+    Graphs are kept: a part of them may be the user's.
+    """
     if not pairs:
         return tuple(torch.zeros_like(p) for p in params)
     outputs, cotangents = zip(*pairs, strict=True)
-    found = gradients(outputs, params, cotangents, retain_graph=keep, create_graph=create_graph)
+    found = gradients(outputs, params, cotangents, retain_graph=True, create_graph=create_graph)
     return or_zeros(found, params)
 
 

@@ -21,7 +21,7 @@ from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
 
-__all__ = ["reached", "refuse_hidden", "with_unused_known"]
+__all__ = ["no_dependence", "reached", "refuse_hidden", "with_unused_known"]
 
 T = TypeVar("T")
 
@@ -54,15 +54,18 @@ def with_unused_known(
             )
         unused = frozenset(range(len(params))) - reached(outputs, params)
         if len(unused) == len(params):
-            raise ArgumentError(
-                message(
-                    where,
-                    "the loss does not depend on any parameter",
-                    "Check what the closure returns",
-                )
-            ) from None
+            raise no_dependence(where) from None
         state.restore()
         return attempt(unused)
+
+
+def no_dependence(where: str) -> ArgumentError:
+    """Return the error that the loss is a constant."""
+    return ArgumentError(
+        message(
+            where, "the loss does not depend on any parameter", "Check what the closure returns"
+        )
+    )
 
 
 def refuse_hidden(params: Leaves, unused: Unused) -> Callable[..., None]:

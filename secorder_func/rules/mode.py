@@ -25,6 +25,8 @@ __all__ = ["SecondOrderRules", "evaluated", "evaluation"]
 
 T = TypeVar("T")
 
+_TENSOR: Any = torch.Tensor
+_GET_GRAD = _TENSOR.grad.__get__
 _GRAD, _JVP = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
 
 
@@ -82,7 +84,7 @@ class SecondOrderRules(TorchFunctionMode):
         result = self._repaired(func, args, kwargs)
         if touched and _holds_tensor(result):
             self.seen |= touched
-        if self.shadows.level <= 0:
+        if self.shadows.level <= 0 and func != _GET_GRAD:
             self.shadows.note_born(result)
         return result
 

@@ -20,7 +20,20 @@ __all__ = ["redirected"]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-_OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+_OPERATORS = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+]
 _DUNDER_WRITES = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
 _NOT_WRITES = frozenset({"requires_grad_", "share_memory_"})
 _TENSOR: Any = torch.Tensor

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -35,6 +35,7 @@ from secorder_func.errors import (
 )
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.registry import WrongForwardRuleError
 from secorder_func.typing import Mode
 
 __all__ = [
@@ -168,7 +169,8 @@ def first_exact(
             _warn(where, failures, name)
         return name, result
 
-    eager()  # a mistake in the loss itself is raised here, as the user's own error
+    with suppress(WrongForwardRuleError):
+        eager()  # a mistake in the loss itself is raised here, as the user's own error
     state.restore()
     raise no_exact_route(where, failures) from failures[0][1]
 

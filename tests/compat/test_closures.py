@@ -27,7 +27,8 @@ from secorder_func.errors import (
     HiddenParameterError,
     NoExactRouteError,
 )
-from tests.compat.closures import same, snapshot, stateful
+from tests import oracles
+from tests.compat.closures import double_backward, same, snapshot, stateful
 
 
 def _w() -> Tensor:
@@ -354,3 +355,157 @@ def test_state_of_an_ordinary_training_step_is_undisturbed() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(case.params, gradients, strict=True))
     for p in case.params:
         p.grad = None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_survive_a_closure_that_clears_them(name: str) -> None:
+    model, x, y, v = _moody()
+    before = snapshot(model)
+    kept = {n: p.grad for n, p in model.named_parameters()}
+    forward = model.forward
+
+    def clearing(inputs: Tensor) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)
+        return forward(inputs)
+
+    object.__setattr__(model, "forward", clearing)
+    CALLS[name](model, x, y, v)
+    object.__delattr__(model, "forward")
+    assert all(kept[n] is p.grad for n, p in model.named_parameters())
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("product", [exact_hvp, approximate_hvp])
+def test_a_closure_that_calls_backward_is_told_so(product: Callable[..., Any]) -> None:
+    w = _w()
+    w.grad = torch.ones_like(w)
+
+    def func() -> Tensor:
+        loss = (w**3).sum()
+        loss.backward()
+        return loss
+
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error, match=r"calls backward\(\)"):
+            product(func, [w], _v())
+    assert torch.equal(w.grad, torch.ones_like(w))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LeakyReLU(0.3, inplace=True), nn.ELU(inplace=True), nn.Dropout(0.5, inplace=True)]
+)
+def test_a_layer_that_works_in_place_on_the_input_leaves_it(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Linear(4, 3), nn.Tanh()).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    params, before = list(model.parameters()), x.clone()
+    v = [torch.randn_like(p) for p in params]
+
+    def func() -> Tensor:
+        torch.manual_seed(3)
+        return model(x).square().sum()
+
+    def on_a_copy() -> Tensor:
+        torch.manual_seed(3)
+        return model(before.clone()).square().sum()
+
+    expected = double_backward(on_a_copy, params, v)
+    for create_graph in (False, True):
+        found = exact_hvp(func, params, v, create_graph=create_graph)
+        oracles.assert_same([h.detach() for h in found], expected)
+    oracles.assert_same(approximate_hvp(func, params, v), expected, 1e-7)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: setattr(w, "data", w.detach() * 2),
+        lambda w: torch._foreach_mul_([w.detach()], 2.0),
+        lambda w: w.detach().view(-1)[0].zero_(),
+        lambda w: F.relu(w.detach(), inplace=True),
+    ],
+    ids=["data", "foreach", "view", "inplace"],
+)
+@pytest.mark.parametrize("product", [exact_hvp, approximate_hvp])
+def test_every_way_of_writing_to_a_parameter_is_refused(
+    product: Callable[..., Any], write: Callable[[Tensor], Any]
+) -> None:
+    w = _w()
+    before, storage = w.detach().clone(), w.data_ptr()
+
+    def func() -> Tensor:
+        write(w)
+        return (w**3).sum()
+
+    with pytest.raises(RuntimeError, match="writes to a parameter in place"):
+        product(func, [w], _v())
+    assert torch.equal(w.detach(), before)
+    assert w.data_ptr() == storage
+
+
+def test_an_embedding_that_renormalises_is_refused_until_it_need_not() -> None:
+    layer = nn.Embedding(5, 3, max_norm=1.0, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    before, tokens = layer.weight.detach().clone(), torch.tensor([0, 1, 1])
+    params, v = [layer.weight], [torch.ones(5, 3, dtype=torch.float64)]
+    with pytest.raises(ValueError, match="Evaluate the model once before"):
+        exact_hvp(lambda: (layer(tokens) ** 3).sum(), params, v)
+    assert torch.equal(layer.weight.detach(), before)
+    layer(tokens)
+    rows = torch.zeros(5, 1, dtype=torch.float64).index_add_(
+        0, tokens, torch.ones(3, 1, dtype=torch.float64)
+    )
+    (found,) = exact_hvp(lambda: (layer(tokens) ** 3).sum(), params, v)
+    torch.testing.assert_close(found, 6 * layer.weight.detach() * rows)
+
+
+def test_parameters_that_depend_on_each_other_are_differentiated_together() -> None:
+    w = _w()
+    u = w**2
+    v = [_v(), _v().flip(0)]
+    with pytest.warns(CurvatureFallbackWarning, match="computed from another parameter"):
+        found = exact_hvp(lambda: (u**3).sum() + (w**3).sum(), [w, u], v)
+    expected = double_backward(
+        lambda: (u**3).sum() + (w**3).sum(), [w, u], v
+    )  # u's graph still serves
+    oracles.assert_same(found, expected)
+
+
+def test_a_gradient_penalty_through_layer_norm_is_exact() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    params = list(model.parameters())
+    v = [torch.randn_like(p) for p in params]
+
+    def func() -> Tensor:
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    class Norm(nn.Module):
+        def __init__(self, like: nn.LayerNorm) -> None:
+            super().__init__()
+            self.weight, self.bias, self.eps = like.weight, like.bias, like.eps
+
+        def forward(self, h: Tensor) -> Tensor:
+            c = h - h.mean(-1, keepdim=True)
+            return (
+                c / (c.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+            )
+
+    written_out = nn.Sequential(model[0], Norm(model[1]), model[2], model[3])
+
+    def truth() -> Tensor:
+        (slope,) = torch.autograd.grad(written_out(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    expected = double_backward(truth, params, v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureFallbackWarning)
+        for create_graph in (False, True):
+            found = exact_hvp(func, params, v, create_graph=create_graph)
+            oracles.assert_same([h.detach() for h in found], expected)
+        oracles.assert_same(approximate_hvp(func, params, v), expected, 1e-7)
