@@ -113,14 +113,14 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
 
     def model_fn(params: Params, inputs: Any) -> Any:
         _check_names(params, known)
-        kept = {
-            name: p.detach()
-            for name, p in model.named_parameters()
-            if name in known and name not in params
-        }
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         with _alone_with(model), module_attributes_restored():
+            kept = {
+                name: p.detach()
+                for name, p in model.named_parameters()
+                if name in known and name not in params
+            }
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return functional_call(model, {**kept, **params, **buffers}, args, kwargs)
 
     return model_fn, params

@@ -118,8 +118,8 @@ def module_attributes_restored(
 ) -> Iterator[None]:
     """Put back, on exit, the attributes and buffers that modules called inside assigned to themselves.
 
-    A buffer's reference is put back only if what stands there is not captured, that is, was made inside:
-    `functional_call` puts its own back, and before this does.
+    A buffer's reference is put back only if what stood there is captured and what stands there was made inside:
+    `functional_call` exchanges buffers too, and puts its own back, perhaps in another thread at this moment.
     """
     if torch.compiler.is_compiling():
         yield
@@ -140,7 +140,8 @@ def module_attributes_restored(
             _restore(module.__dict__, attributes)
             for name, now in list(module._buffers.items()):
                 was = buffers.get(name)
-                if now is not was and isinstance(now, Tensor) and not is_captured(now):
+                older = was is None or is_captured(was)
+                if older and now is not was and now is not None and not is_captured(now):
                     module._buffers[name] = was
 
 
