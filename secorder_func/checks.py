@@ -8,10 +8,35 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.errors import message
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.typing import Tree
 
-__all__ = ["check_like", "check_params"]
+__all__ = ["check_callable", "check_count", "check_like", "check_number", "check_params"]
+
+
+def check_callable(function: Any, where: str, *, name: str = "f", mend: str = "") -> None:
+    """Refuse what cannot be called."""
+    if not callable(function):
+        problem = f"{name} must be a function, got {type(function).__name__}"
+        raise ArgumentTypeError(message(where, problem, mend))
+
+
+def check_count(count: Any, where: str, *, name: str) -> None:
+    """Refuse what is no whole number from one on."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        problem = f"{name} must be a whole number, got {count!r}"
+        raise ArgumentTypeError(message(where, problem))
+    if count < 1:
+        raise ArgumentError(message(where, f"{name} must be at least 1, got {count}"))
+
+
+def check_number(number: Any, where: str, *, name: str) -> None:
+    """Refuse what is neither a real number nor a tensor with one."""
+    one_real = isinstance(number, Tensor) and number.ndim == 0 and not number.is_complex()
+    if not one_real and (isinstance(number, bool) or not isinstance(number, (int, float))):
+        given = tuple(number.shape) if isinstance(number, Tensor) else repr(number)
+        problem = f"{name} must be a real number or a 0-dim tensor, got {given}"
+        raise ArgumentTypeError(message(where, problem))
 
 
 def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:
@@ -99,7 +124,9 @@ def check_like(
         for what in ("dtype", "device"):
             if getattr(got, what) != getattr(like, what):
                 problem = f"expected {what} {getattr(like, what)}, got {getattr(got, what)}"
-                raise ValueError(_mismatch(where, name, params, index, problem, mend))
+                target = like.dtype if what == "dtype" else repr(str(like.device))
+                convert = f"Convert the leaf with .to({target})"
+                raise ValueError(_mismatch(where, name, params, index, problem, convert))
 
 
 def _mismatch(where: str, name: str, params: Tree, index: int, problem: str, mend: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secorder_func.checks import check_callable
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules.state import module_attributes_restored
 from secorder_func.typing import ModelFn
@@ -66,6 +67,7 @@ def functional_loss(
     >>> {name: tuple(h.shape) for name, h in hv.items()}
     {'weight': (2, 3), 'bias': (2,)}
     """
+    check_callable(loss_fn, "functional_loss", name="loss_fn")
     model_fn, params = _functional(model, "functional_loss")
 
     def f(params: Params, inputs: Any, targets: Any) -> Tensor:
@@ -99,7 +101,12 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 "Pass the nn.Module that it was made from",
             )
         )
-    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[str, Any] = dict(model.named_parameters())
+    lazy = [name for name, p in named.items() if nn.parameter.is_lazy(p)]
+    if lazy:
+        problem = f"parameter {lazy[0]!r} has no shape yet"
+        raise ArgumentError(message(where, problem, "Evaluate the model once before"))
+    params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
         raise ValueError(
             message(

@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.algorithms.estimate import Estimate, check_num_matvecs
-from secorder_func.algorithms.probes import Distribution, draw_seed, rademacher
+from secorder_func.algorithms.estimate import Estimate
+from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
+from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import chunks, default_chunk_size
+from secorder_func.operators.linear_operator import (
+    check_real_operator,
+    chunks,
+    default_chunk_size,
+)
 from secorder_func.typing import Tree
 
 __all__ = ["exact_diagonal", "hutchinson_diagonal"]
@@ -61,13 +66,14 @@ def hutchinson_diagonal(
     >>> hutchinson_diagonal(op, 2).value
     tensor([ 6., 12.])
     """
-    check_num_matvecs(num_matvecs, "hutchinson_diagonal")
-    op.require_real("hutchinson_diagonal")
+    check_count(num_matvecs, "hutchinson_diagonal", name="num_matvecs")
+    check_distribution(distribution, "hutchinson_diagonal")
+    check_real_operator(op, "hutchinson_diagonal")
     seed = draw_seed(generator)
     size = default_chunk_size(op.shape[0]) if chunk_size is None else chunk_size
     mean = spread = None  # spread: sum of squared deviations from the mean
     done = 0
-    for rows in chunks(num_matvecs, size):
+    for rows in chunks(num_matvecs, size, "hutchinson_diagonal"):
         vectors = distribution(seed, range(rows.start, rows.stop), op.like)
         samples = tree.map(torch.mul, vectors, op.mm(vectors))
         count = rows.stop - rows.start
@@ -100,11 +106,11 @@ def exact_diagonal(op: LinearOperator, /, *, chunk_size: int | None = None) -> T
     >>> exact_diagonal(hessian_operator(lambda p: p["a"] ** 2 * p["b"], {"a": torch.ones(()), "b": torch.ones(())}))
     {'a': tensor(2.), 'b': tensor(0.)}
     """
-    op.require_real("exact_diagonal")
+    check_real_operator(op, "exact_diagonal")
     n = op.shape[0]
     size = default_chunk_size(n) if chunk_size is None else chunk_size
     parts: list[list[Tensor]] = [[] for _ in tree.flatten(op.like)[0]]
-    for rows in chunks(n, size):
+    for rows in chunks(n, size, "exact_diagonal"):
         products, _ = tree.flatten(op.mm(tree.basis(op.like, rows.start, rows.stop)))
         offset = 0
         for part, product in zip(parts, products, strict=True):

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secorder_func.errors import message
 from secorder_func.typing import Tree
 
-__all__ = ["Estimate", "check_num_matvecs"]
+__all__ = ["Estimate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +40,3 @@ class Estimate:
         if isinstance(self.value, Tensor) and self.value.ndim == 0:
             return f"{self.value.item():.6g} ± {self.standard_error.item():.2g} ({self.num_matvecs} products)"
         return f"Estimate of a tree ({self.num_matvecs} products)"
-
-
-def check_num_matvecs(num_matvecs: int, where: str) -> None:
-    """Refuse a count of products below one."""
-    if num_matvecs < 1:
-        raise ValueError(message(where, f"num_matvecs must be at least 1, got {num_matvecs}"))

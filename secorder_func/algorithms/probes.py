@@ -16,17 +16,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.errors import message
+from secorder_func.checks import check_callable, check_number
+from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.typing import Tree
 
-__all__ = ["Distribution", "draw_seed", "normal", "rademacher", "sparse_rademacher", "sphere"]
+__all__ = [
+    "Distribution",
+    "check_distribution",
+    "draw_seed",
+    "normal",
+    "rademacher",
+    "sparse_rademacher",
+    "sphere",
+]
 
 
 class Distribution(Protocol):
@@ -75,6 +84,7 @@ def sparse_rademacher(density: float = 0.1) -> Distribution:
     >>> probe.unique()
     tensor([-2.,  0.,  2.])
     """
+    check_number(density, "sparse_rademacher", name="density")
     if not 0 < density <= 1:
         raise ValueError(message("sparse_rademacher", f"density must be in (0, 1], got {density}"))
 
@@ -86,8 +96,25 @@ def sparse_rademacher(density: float = 0.1) -> Distribution:
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """Return the next value of a generator (torch's global one if None) as the seed of a stream of probes."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(
+            message(
+                "generator",
+                f"expected a torch.Generator, got {generator!r}",
+                "Pass torch.Generator().manual_seed(...)",
+            )
+        )
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def check_distribution(distribution: Any, where: str) -> None:
+    """Refuse what is no distribution of probes."""
+    mend = "Pass probes.rademacher, normal, sphere or sparse_rademacher(density)"
+    if distribution is sparse_rademacher:
+        problem = "distribution must be called with its density first, got sparse_rademacher itself"
+        raise ArgumentTypeError(message(where, problem, mend))
+    check_callable(distribution, where, name="distribution", mend=mend)
 
 
 # ---------------------------------------------------------------------- words of 64 random bits

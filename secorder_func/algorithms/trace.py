@@ -7,10 +7,15 @@ import math
 import torch
 
 from secorder_func import tree
-from secorder_func.algorithms.estimate import Estimate, check_num_matvecs
-from secorder_func.algorithms.probes import Distribution, draw_seed, rademacher
+from secorder_func.algorithms.estimate import Estimate
+from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
+from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import chunks, default_chunk_size
+from secorder_func.operators.linear_operator import (
+    check_real_operator,
+    chunks,
+    default_chunk_size,
+)
 
 __all__ = ["exact_trace", "hutchinson_trace"]
 
@@ -71,14 +76,15 @@ def hutchinson_trace(
     >>> print(hutchinson_trace(op, 4, generator=torch.Generator().manual_seed(0)))
     10 ± 0 (4 products)
     """
-    check_num_matvecs(num_matvecs, "hutchinson_trace")
-    op.require_real("hutchinson_trace")
+    check_count(num_matvecs, "hutchinson_trace", name="num_matvecs")
+    check_distribution(distribution, "hutchinson_trace")
+    check_real_operator(op, "hutchinson_trace")
     seed = draw_seed(generator)
     size = default_chunk_size(op.shape[0]) if chunk_size is None else chunk_size
     forms = torch.cat(
         [
             op.quadratic_forms(distribution(seed, range(rows.start, rows.stop), op.like))
-            for rows in chunks(num_matvecs, size)
+            for rows in chunks(num_matvecs, size, "hutchinson_trace")
         ]
     )
     error = forms.new_tensor(math.inf)
@@ -97,12 +103,12 @@ def exact_trace(op: LinearOperator, /, *, chunk_size: int | None = None) -> torc
     >>> exact_trace(hessian_operator(lambda p: (p**3).sum(), torch.tensor([1.0, 2.0])))
     tensor(18.)
     """
-    op.require_real("exact_trace")
+    check_real_operator(op, "exact_trace")
     n = op.shape[0]
     size = default_chunk_size(n) if chunk_size is None else chunk_size
     parts = [
         op.quadratic_forms(tree.basis(op.like, rows.start, rows.stop)).sum()
-        for rows in chunks(n, size)
+        for rows in chunks(n, size, "exact_trace")
     ]
     if not parts:
         return torch.zeros((), dtype=op.dtype, device=op.device)

@@ -9,9 +9,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from secorder_func.checks import check_callable
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 
-__all__ = ["Leaves", "Vector", "checked_params", "checked_vector", "require_gradients"]
+__all__ = [
+    "Leaves",
+    "Vector",
+    "check_func",
+    "checked_params",
+    "checked_vector",
+    "model_parameters",
+    "require_gradients",
+]
 
 Leaves = tuple[Tensor, ...]
 
@@ -50,6 +59,20 @@ def checked_params(params: Any, where: str) -> Leaves:
             )
         places[id(leaf)] = index
     return leaves
+
+
+def check_func(func: Any, where: str) -> None:
+    """Refuse what is no closure."""
+    check_callable(
+        func, where, name="func", mend="Pass the closure that computes the loss, not its value"
+    )
+
+
+def model_parameters(model: Any, where: str) -> Leaves:
+    """Return the parameters of a module; refuse what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        _refuse_type(where, f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return checked_params(model.parameters(), where)
 
 
 def require_gradients(params: Leaves, where: str) -> None:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_like, check_params
-from secorder_func.errors import MissingExtraError, message
+from secorder_func.checks import (
+    check_callable,
+    check_count,
+    check_like,
+    check_number,
+    check_params,
+)
+from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
 from secorder_func.typing import MatVec, Tree
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class LinearOperator:
     mode: str | None = None
 
     def __post_init__(self) -> None:
+        check_callable(self.matvec, "LinearOperator", name="matvec")
         check_params(self.like, "LinearOperator", name="like")
 
     # ------------------------------------------------------------------------------ what it is
@@ -92,7 +99,9 @@ class LinearOperator:
     def __matmul__(self, v: Tree) -> Tree:
         """Return the product with one vector."""
         check_like(v, self.like, "LinearOperator @ v")
-        return self.matvec(v)
+        product = self.matvec(v)
+        check_like(product, self.like, "LinearOperator @ v", name="the product")
+        return product
 
     def mm(self, vectors: Tree, /, *, chunk_size: int | None = None) -> Tree:
         """Return the products with `k` stacked vectors, `chunk_size` at a time (all at once by default).
@@ -105,7 +114,7 @@ class LinearOperator:
             return vectors
         parts = [
             self._mm(tree.map(lambda leaf, rows=rows: leaf[rows], vectors))
-            for rows in chunks(count, chunk_size)
+            for rows in chunks(count, chunk_size, "LinearOperator.mm")
         ]
         return parts[0] if len(parts) == 1 else tree.map(lambda *rows: torch.cat(rows), *parts)
 
@@ -169,6 +178,7 @@ class LinearOperator:
 
     def damped(self, damping: float | Tensor) -> LinearOperator:
         """Return `A + damping * I`."""
+        check_number(damping, "LinearOperator.damped", name="damping")
         quadratic = self.quadratic
         return replace(
             self,
@@ -212,7 +222,7 @@ class LinearOperator:
         size = default_chunk_size(n) if chunk_size is None else chunk_size
         rows = [
             tree.ravel(self._mm(tree.basis(self.like, rows.start, rows.stop)), batch_dims=1)[0]
-            for rows in chunks(n, size)
+            for rows in chunks(n, size, "LinearOperator.dense")
         ]
         return (
             torch.cat(rows).T if rows else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
@@ -275,10 +285,23 @@ class LinearOperator:
             )
 
 
-def chunks(count: int, size: int | None) -> Iterator[slice]:
+def check_real_operator(op: Any, where: str) -> None:
+    """Refuse what is no operator on a real space."""
+    if not isinstance(op, LinearOperator):
+        raise ArgumentTypeError(
+            message(
+                where,
+                f"the first argument must be a LinearOperator, got {type(op).__name__}",
+                "Make one with hessian_operator(f, params), or LinearOperator(product, like=params)",
+            )
+        )
+    op.require_real(where)
+
+
+def chunks(count: int, size: int | None, where: str) -> Iterator[slice]:
     """Yield the slices that cut `count` items into chunks of `size` (one chunk if None)."""
-    if size is not None and size < 1:
-        raise ValueError(message("chunk_size", f"must be at least 1, got {size}"))
+    if size is not None:
+        check_count(size, where, name="chunk_size")
     step = size or max(1, count)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_like
-from secorder_func.errors import message
+from secorder_func.checks import check_callable, check_count, check_like, check_number
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves, flat_loss
@@ -50,9 +49,10 @@ def finite_difference_hvp(
     Notes
     -----
     Needs no second derivative and no more memory than a gradient. For smooth losses the relative error is about
-    1e-9 in float64 and 1e-4 in float32. Where the gradient jumps (ReLU, max pooling) a difference across a
-    kink measures the jump, which the Hessian does not contain: expect agreement only where no unit changes its state
-    between the two points. Random numbers are the same at all points. Parameters are never written to.
+    1e-9 in float64 and 1e-4 in float32; more under autocast, whose rounding is that of its dtype. Where the gradient
+    jumps (ReLU, max pooling) a difference across a kink measures the jump, which the Hessian does not contain: expect
+    agreement only where no unit changes its state between the two points. What `detach` and `no_grad` hold constant
+    moves with the parameters here. Random numbers are the same at all points. Parameters are never written to.
 
     References
     ----------
@@ -67,7 +67,9 @@ def finite_difference_hvp(
     >>> finite_difference_hvp(lambda p: (p**3).sum())(p, torch.ones_like(p)).round(decimals=6)
     tensor([ 6., 12.], dtype=torch.float64)
     """
-    check_num_steps(num_steps, "finite_difference_hvp", "num_steps")
+    check_callable(f, "finite_difference_hvp")
+    check_count(num_steps, "finite_difference_hvp", name="num_steps")
+    check_number(damping, "finite_difference_hvp", name="damping")
 
     def estimate(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Tree:
         where = "finite_difference_hvp"
@@ -86,12 +88,6 @@ def finite_difference_hvp(
         return loss.unflatten(leaves)
 
     return estimate
-
-
-def check_num_steps(num_steps: int, where: str, name: str) -> None:
-    """Refuse a count of step sizes below one."""
-    if num_steps < 1:
-        raise ValueError(message(where, f"{name} must be at least 1, got {num_steps}"))
 
 
 def central_difference(

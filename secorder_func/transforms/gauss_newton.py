@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_like, check_params
+from secorder_func.checks import check_callable, check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
@@ -187,6 +187,8 @@ def flat_model(
     model_fn: ModelFn, loss_fn: LossFn, params: Tree, inputs: Any, targets: Any, *, where: str
 ) -> FlatModel:
     """Bind everything but the leaves of `params`, which are checked."""
+    check_callable(model_fn, where, name="model_fn")
+    check_callable(loss_fn, where, name="loss_fn")
     check_params(params, where)
     params, inputs, targets = without_inference_tensors((params, inputs, targets))
     leaves, unflatten = tree.flatten(params)

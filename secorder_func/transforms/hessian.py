@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from secorder_func import tree
-from secorder_func.checks import check_like
+from secorder_func.checks import check_callable, check_like
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
@@ -79,6 +79,7 @@ def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..
     >>> hvp(f)(params, v, torch.tensor([2.0, 1.0]))
     {'a': tensor([0., 0.]), 'b': tensor(4.)}
     """
+    check_callable(f, "hvp")
     check_mode(mode, "hvp")
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +102,7 @@ def hvp_and_grad(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Ca
     >>> hvp_and_grad(lambda p: (p**3).sum())(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
     (tensor([ 6., 12.]), tensor([ 3., 12.]))
     """
+    check_callable(f, "hvp_and_grad")
     check_mode(mode, "hvp_and_grad")
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_params
+from secorder_func.checks import check_callable, check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
@@ -113,6 +113,7 @@ def flat_loss(
     where: str,
 ) -> FlatLoss:
     """Bind everything but the leaves of `params`, which are checked."""
+    check_callable(f, where)
     check_params(params, where)
     params, args, kwargs = without_inference_tensors((params, args, kwargs))
     leaves, unflatten = tree.flatten(params)

@@ -307,9 +307,9 @@ def test_fewer_than_one_product_is_refused(count: int) -> None:
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_chunk_of_less_than_one_is_refused(size: int) -> None:
     for call in (lambda: hutchinson_trace(operator(A), 3, chunk_size=size),):
-        with pytest.raises(ValueError, match=f"chunk_size: must be at least 1, got {size}"):
+        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
             call()
-    with pytest.raises(ValueError, match=f"chunk_size: must be at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
         exact_trace(operator(A), chunk_size=size)
 
 

@@ -43,9 +43,9 @@ def test_stacks_of_unequal_length_are_refused(method: str) -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_chunk_of_less_than_one_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"chunk_size: must be at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
         operator(A).mm(stack(V, W), chunk_size=size)
-    with pytest.raises(ValueError, match=f"chunk_size: must be at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
         operator(A).dense(chunk_size=size)
 
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from secorder_func.algorithms.diagonal import exact_diagonal
-from secorder_func.compat._arguments import Leaves, checked_params, checked_vector
+from secorder_func.compat._arguments import (
+    Leaves,
+    check_func,
+    checked_params,
+    checked_vector,
+    model_parameters,
+)
 from secorder_func.compat._closure import hessian_operator_of
 from secorder_func.compat._double_backward import DoubleBackward
 from secorder_func.errors import ArgumentError, message
@@ -84,7 +90,7 @@ def model_hessian_diagonal(
     >>> model_hessian_diagonal(model, torch.nn.MSELoss(), x, y)
     [tensor([[2., 8.]]), tensor([2.])]
     """
-    params: list[Tensor] = list(model.parameters())
+    params = list(model_parameters(model, "model_hessian_diagonal"))
     return diagonal(
         lambda: loss_fn(model(inputs), targets),
         params,
@@ -104,6 +110,7 @@ def diagonal(
     where: str,
 ) -> list[Tensor]:
     """Return the diagonal for the public function `where`."""
+    check_func(func, where)
     leaves = checked_params(params, where)
     factors = None if v is None else checked_vector(v, leaves, where).leaves
     free = tuple(leaf for leaf in leaves if leaf.requires_grad)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from secorder_func.compat._arguments import model_parameters
 from secorder_func.compat.core.hessian_diagonal import diagonal
 
 __all__ = ["hessian_trace", "model_hessian_trace"]
@@ -57,7 +58,7 @@ def model_hessian_trace(
     >>> model_hessian_trace(model, torch.nn.MSELoss(), x, y)
     tensor(12.)
     """
-    params: list[Tensor] = list(model.parameters())
+    params = list(model_parameters(model, "model_hessian_trace"))
     entries = diagonal(
         lambda: loss_fn(model(inputs), targets),
         params,

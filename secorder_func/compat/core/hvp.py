@@ -11,10 +11,13 @@ from torch.nn import Module
 
 from secorder_func.algorithms.probes import rademacher, sparse_rademacher
 from secorder_func.algorithms.trace import hutchinson_trace
+from secorder_func.checks import check_count, check_number
 from secorder_func.compat._arguments import (
     Leaves,
+    check_func,
     checked_params,
     checked_vector,
+    model_parameters,
     require_gradients,
 )
 from secorder_func.compat._closure import (
@@ -23,7 +26,6 @@ from secorder_func.compat._closure import (
     hessian_product,
 )
 from secorder_func.compat._difference import closure_difference
-from secorder_func.errors import ArgumentError, message
 
 __all__ = ["approximate_hvp", "exact_hvp", "gauss_newton_product", "hessian_trace", "model_hvp"]
 
@@ -77,6 +79,7 @@ def exact_hvp(
     >>> exact_hvp(lambda: (model(x) ** 2).sum(), list(model.parameters()), v)
     [tensor([[ 6., 12.]]), tensor([6.])]
     """
+    check_func(func, "exact_hvp")
     leaves = checked_params(params, "exact_hvp")
     require_gradients(leaves, "exact_hvp")
     vector = checked_vector(v, leaves, "exact_hvp")
@@ -132,11 +135,12 @@ def approximate_hvp(
     tensor([ 6.5000, 12.5000], dtype=torch.float64)
     """
     where = "approximate_hvp"
+    check_func(func, where)
     leaves = checked_params(params, where)
     require_gradients(leaves, where)
     vector = checked_vector(v, leaves, where)
-    if num_samples < 1:
-        raise ArgumentError(message(where, f"num_samples must be at least 1, got {num_samples}"))
+    check_count(num_samples, where, name="num_samples")
+    check_number(damping, where, name="damping")
     estimate = closure_difference(
         func, leaves, vector.leaves, num_steps=num_samples, damping=damping, where=where
     )
@@ -296,10 +300,10 @@ def hessian_trace(
     18.0
     """
     where = "hessian_trace"
+    check_func(func, where)
     leaves = checked_params(params, where)
     require_gradients(leaves, where)
-    if num_samples < 1:
-        raise ArgumentError(message(where, f"num_samples must be at least 1, got {num_samples}"))
+    check_count(num_samples, where, name="num_samples")
     op = hessian_operator_of(func, leaves, create_graph=create_graph, where=where)
     distribution = sparse_rademacher(0.1) if sparse else rademacher
     trace: Any = hutchinson_trace(op, num_samples, distribution=distribution).value
@@ -313,7 +317,7 @@ def _over_model(
     where: str,
 ) -> Tensor | list[Tensor]:
     """Return a product over all parameters of a model, zeros for the frozen ones."""
-    leaves = checked_params(model.parameters(), where)
+    leaves = model_parameters(model, where)
     vector = checked_vector(v, leaves, where)
     result = [torch.zeros_like(leaf) for leaf in leaves]
     free = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
