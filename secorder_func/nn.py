@@ -101,6 +101,7 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 "Pass the nn.Module that it was made from",
             )
         )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps, under its own names
     named: dict[str, Any] = dict(model.named_parameters())
     lazy = [name for name, p in named.items() if nn.parameter.is_lazy(p)]
     if lazy:

@@ -260,6 +260,18 @@ def test_one_module_in_several_threads_gives_right_products_and_keeps_its_parame
     assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
 
 
+def test_a_compiled_module_is_taken_as_the_module_in_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    compiled = torch.compile(model, backend="eager")
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    compiled(x)
+    f, params = functional_loss(compiled, nn.functional.mse_loss)
+    g, plain = functional_loss(model, nn.functional.mse_loss)
+    assert list(params) == list(plain)
+    v = oracles.random_like(params, 2)
+    oracles.assert_same(hvp(f)(params, v, x, y), oracles.hvp(g, plain, v, x, y))
+
+
 def test_an_unknown_name_is_refused_and_a_missing_one_keeps_its_value() -> None:
     model = nn.Linear(3, 2).double()
     f, params = functional_loss(model, nn.functional.mse_loss)
