@@ -3,8 +3,8 @@
 - `"forward_over_reverse"` is `jvp(grad(f))`, the definition.
 - `"reverse_over_reverse"` is `vjp(grad(f))`, the same product because the Hessian is symmetric.
 - `"auto"`, the default, takes the first; the second where the first has no right rule in torch for some function of
-  the loss, where the product itself is differentiated, and under `torch.compile`, where it is faster (1.8 gradients
-  against 2.2 on a dense network) and where forward mode would see through a `no_grad` in the loss.
+  the loss, where the product itself is differentiated, and under `torch.compile`, where forward mode would see through
+  a `no_grad` in the loss.
 
 A named mode is used or raises. When no route is left, the loss's own error is raised if it has one, else
 `NoExactRouteError`.
