@@ -67,7 +67,7 @@ def hessian_product(
         def forward() -> Leaves:
             return forward_over_reverse(loss.at(forward=True, higher=False), loss.leaves, vector).hv
 
-        # Reverse over reverse first: as fast as forward over reverse on the CNN of bench/, 1.2 to 1.6 times on the rest.
+        # Reverse over reverse first: bench/ shows it as fast on the CNN, 1.2 to 1.6 times as fast on the others.
         _, product = first_exact(
             [
                 ("reverse_over_reverse", reverse),
