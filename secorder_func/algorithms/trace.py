@@ -11,11 +11,8 @@ from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import (
-    check_real_operator,
-    chunks,
-    default_chunk_size,
-)
+from secorder_func.operators.chunks import chunks, default_chunk_size
+from secorder_func.operators.linear_operator import check_real_operator
 
 __all__ = ["exact_trace", "hutchinson_trace"]
 

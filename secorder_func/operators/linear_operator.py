@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import (
     check_callable,
-    check_count,
     check_like,
     check_number,
     check_params,
 )
 from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
+from secorder_func.operators.chunks import chunks, default_chunk_size
 from secorder_func.typing import MatVec, Tree
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-__all__ = ["LinearOperator", "chunks"]
+__all__ = ["LinearOperator", "check_real_operator"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -296,19 +296,6 @@ def check_real_operator(op: Any, where: str) -> None:
             )
         )
     op.require_real(where)
-
-
-def chunks(count: int, size: int | None, where: str) -> Iterator[slice]:
-    """Yield the slices that cut `count` items into chunks of `size` (one chunk if None)."""
-    if size is not None:
-        check_count(size, where, name="chunk_size")
-    step = size or max(1, count)
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def default_chunk_size(n: int) -> int:
-    """Return how many vectors of `n` entries to multiply at once: 4 million entries, at most 64 vectors."""
-    return max(1, min(64, 2**22 // max(1, n)))
 
 
 def _sum_of(first: MatVec, second: MatVec) -> MatVec:
