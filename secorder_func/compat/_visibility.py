@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
 from secorder_func.errors import ArgumentError, HiddenParameterError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
+from secorder_func.rules.levels import unwrapped
 from secorder_func.rules.randomness import RandomState
 
 __all__ = ["no_dependence", "reached", "refuse_hidden", "with_unused_known"]
@@ -99,7 +99,7 @@ def _dependent(params: Leaves) -> int | None:
 
 def reached(outputs: Iterable[Tensor], params: Leaves) -> frozenset[int]:
     """Return which parameters are in the plain autograd history of the outputs."""
-    bases = [_base(output) for output in outputs]
+    bases = [unwrapped(output) for output in outputs]
     return reached_from([base.grad_fn for base in bases if base.grad_fn is not None], params)
 
 
@@ -117,9 +117,3 @@ def reached_from(roots: Sequence[Any], params: Leaves) -> frozenset[int]:
         if variable is not None and id(variable) in leaves:
             found.add(leaves[id(variable)])
     return frozenset(found)
-
-
-def _base(tensor: Tensor) -> Tensor:
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor

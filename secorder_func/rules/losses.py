@@ -9,7 +9,16 @@ from torch import Tensor
 
 from secorder_func.rules.registry import Rules, repairs
 
-__all__: list[str] = []
+__all__ = ["REDUCTIONS", "reduced"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Apply a loss's `reduction`."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 @repairs(
@@ -26,7 +35,7 @@ def _mse_loss(
     **kwargs: Any,
 ) -> Tensor:
     unusual = size_average is not None or reduce is not None or weight is not None
-    if unusual or reduction not in ("mean", "sum", "none"):
+    if unusual or reduction not in REDUCTIONS:
         if weight is not None:
             kwargs["weight"] = weight
         return F.mse_loss(input, target, size_average, reduce, reduction, **kwargs)
@@ -35,6 +44,4 @@ def _mse_loss(
         squares = (input - target).square()
     else:  # torch words its own warning
         squares = F.mse_loss(input, target, reduction="none", **kwargs)
-    if reduction == "none":
-        return squares
-    return squares.sum() if reduction == "sum" else squares.mean()
+    return reduced(squares, reduction)

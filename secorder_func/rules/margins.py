@@ -6,19 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.rules.losses import REDUCTIONS, reduced
 from secorder_func.rules.registry import Rules, repairs
 
 __all__: list[str] = []
 
 _NO_SECOND = "its backward has no derivative in torch"
 _NO_FORWARD = "its backward has no forward rule in torch"
-
-
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """Apply a loss's `reduction`."""
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 @repairs(F.soft_margin_loss, because=_NO_FORWARD)
@@ -31,7 +25,7 @@ def _soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     unusual = size_average is not None or reduce is not None or input.shape != target.shape
-    if unusual or reduction not in ("mean", "sum", "none"):
+    if unusual or reduction not in REDUCTIONS:
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     z = -target * input
     return reduced(torch.logaddexp(torch.zeros_like(z), z), reduction)
@@ -46,11 +40,7 @@ def _huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    if (
-        weight is not None
-        or reduction not in ("mean", "sum", "none")
-        or input.shape != target.shape
-    ):
+    if weight is not None or reduction not in REDUCTIONS or input.shape != target.shape:
         extra = {} if weight is None else {"weight": weight}
         return F.huber_loss(input, target, reduction, delta, **extra)
     residual = input - target
@@ -93,7 +83,7 @@ def _multi_margin_loss(
         return batch.reshape(())
     unusual = size_average is not None or reduce is not None or input.ndim != 2
     unusual = unusual or target.shape != input.shape[:1]
-    if unusual or p not in (1, 2) or reduction not in ("mean", "sum", "none"):
+    if unusual or p not in (1, 2) or reduction not in REDUCTIONS:
         return F.multi_margin_loss(
             input, target, p, margin, weight, size_average, reduce, reduction
         )
@@ -122,7 +112,7 @@ def _multilabel_margin_loss(
         )
         return batch.reshape(())
     unusual = size_average is not None or reduce is not None or input.ndim != 2
-    if unusual or target.shape != input.shape or reduction not in ("mean", "sum", "none"):
+    if unusual or target.shape != input.shape or reduction not in REDUCTIONS:
         return F.multilabel_margin_loss(input, target, size_average, reduce, reduction)
     valid = (target >= 0).cumprod(1).to(input.dtype)  # a label of -1 ends a sample's list
     labels = target.clamp(min=0)

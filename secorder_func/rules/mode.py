@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
+from secorder_func.rules.levels import JVP, differentiating_levels
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.registry import REPAIRS, DifferentiatesInside
 from secorder_func.rules.state import Shadows, module_attributes_restored
@@ -27,7 +28,6 @@ T = TypeVar("T")
 
 _TENSOR: Any = torch.Tensor
 _GET_GRAD = _TENSOR.grad.__get__
-_GRAD, _JVP = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
 
 
 class SecondOrderRules(TorchFunctionMode):
@@ -44,7 +44,7 @@ class SecondOrderRules(TorchFunctionMode):
         super().__init__()
         self._forward = forward
         self._higher = higher
-        self._levels = len(_differentiating_levels())
+        self._levels = len(differentiating_levels())
         self.shadows = Shadows()
         self.seen: set[int] = set()
         for original, stand_in in exchange or ():
@@ -54,12 +54,12 @@ class SecondOrderRules(TorchFunctionMode):
     @property
     def forward(self) -> bool:
         """Whether some level, around the loss or inside it, differentiates in forward mode."""
-        return self._forward or _JVP in _differentiating_levels()
+        return self._forward or JVP in differentiating_levels()
 
     @property
     def higher(self) -> bool:
         """Whether derivatives beyond the second may be taken, outside or by a transform inside the loss."""
-        return self._higher or len(_differentiating_levels()) > self._levels
+        return self._higher or len(differentiating_levels()) > self._levels
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what a repair calls."""
@@ -111,14 +111,6 @@ class SecondOrderRules(TorchFunctionMode):
         return value
 
 
-def _differentiating_levels() -> list[Any]:
-    """Return the kinds of the functorch levels in force that differentiate, outermost first."""
-    if torch.compiler.is_compiling():
-        return []
-    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
-    return [kind for kind in kinds if kind in (_GRAD, _JVP)]
-
-
 def _holds_tensor(result: Any) -> bool:
     if isinstance(result, (tuple, list)):
         return any(_holds_tensor(item) for item in result)
@@ -164,20 +156,17 @@ def evaluated(
     A loss that turns out to differentiate by `torch.autograd.grad` is evaluated again, with the same random
     numbers, by functions that have right third derivatives.
     """
+    begin = partial(evaluation, forward=forward, exchange=exchange, protect=protect)
     if torch.compiler.is_compiling():
-        with evaluation(
-            forward=forward, higher=higher, exchange=exchange, protect=protect
-        ) as rules:
+        with begin(higher=higher) as rules:
             return evaluate(rules)
     state = RandomState.now(protect)
     try:
-        with evaluation(
-            forward=forward, higher=higher, exchange=exchange, protect=protect
-        ) as rules:
+        with begin(higher=higher) as rules:
             return evaluate(rules)
     except DifferentiatesInside:
         state.restore()
-    with evaluation(forward=forward, higher=True, exchange=exchange, protect=protect) as rules:
+    with begin(higher=True) as rules:
         return evaluate(rules)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from secorder_func.rules.levels import unwrapped
+
 __all__ = ["Shadows", "module_attributes_restored"]
 
 
@@ -95,8 +97,7 @@ class Shadows:
 
 def _storage(tensor: Tensor) -> int:
     """Return what tensors with one memory have in common."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    tensor = unwrapped(tensor)
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without a storage of their own

@@ -34,6 +34,7 @@ from secorder_func.errors import (
     warn_user,
 )
 from secorder_func.rules.inference import out_of_inference_mode
+from secorder_func.rules.levels import differentiating_levels, unwrapped
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.registry import WrongForwardRuleError
 from secorder_func.typing import Mode
@@ -52,7 +53,6 @@ T = TypeVar("T")
 Failures = list[tuple[str, RuntimeError]]
 
 _FORWARD_MODE = threading.RLock()
-_DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 def check_mode(mode: str, where: str) -> None:
@@ -88,16 +88,9 @@ def differentiated_outside(*trees: Any) -> bool:
         return functorch_active or (
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         )
-    stack = _functorch.get_interpreter_stack() or ()
-    if any(level.key() in _DIFFERENTIATING for level in stack):
+    if differentiating_levels():
         return True
-    return torch.is_grad_enabled() and any(_base(t).requires_grad for t in tensors)
-
-
-def _base(tensor: Tensor) -> Tensor:
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
+    return torch.is_grad_enabled() and any(unwrapped(t).requires_grad for t in tensors)
 
 
 def refuse_third_derivatives(product: Sequence[Tensor], where: str) -> None:

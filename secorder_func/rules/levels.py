@@ -1,0 +1,28 @@
+"""What functorch's levels say: which of them differentiate, and what they wrap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+__all__ = ["JVP", "differentiating_levels", "unwrapped"]
+
+JVP = _functorch.TransformType.Jvp
+
+
+def differentiating_levels() -> list[Any]:
+    """Return the kinds of the levels in force that differentiate, outermost first; none that Dynamo could show."""
+    if torch.compiler.is_compiling():
+        return []
+    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
+    return [kind for kind in kinds if kind in (_functorch.TransformType.Grad, JVP)]
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside all levels."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
