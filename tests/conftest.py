@@ -1,5 +1,7 @@
 """What all tests share: one thread, reproducible property tests, the marker of peer packages."""
 
+import importlib
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +9,11 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# torch loads its forward rules at the first jvp of a process, with deprecation warnings of its own.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("reproducible")

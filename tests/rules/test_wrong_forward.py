@@ -20,7 +20,7 @@ B = torch.arange(1.0, 9.0).reshape(4, 2).double()
 
 
 def _spd(p: Tensor) -> Tensor:
-    return torch.outer(p, p) + 2 * torch.eye(4, dtype=p.dtype)
+    return torch.outer(p, p) + torch.diag(torch.arange(2, 6, dtype=p.dtype))
 
 
 def _zeros() -> Tensor:
@@ -82,7 +82,7 @@ def test_auto_takes_reverse_mode_says_so_and_is_exact(name: str) -> None:
     function, f = CASES[name]
     with pytest.warns(CurvatureFallbackWarning, match=f"forward rule of {function} ") as caught:
         hv = hvp(f)(P, V)
-    assert len(caught) == 1
+    assert [w.category for w in caught].count(CurvatureFallbackWarning) == 1
     oracles.assert_same(hv, oracles.hvp(f, P, V))
 
 
