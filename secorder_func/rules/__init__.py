@@ -5,6 +5,7 @@ its subject, registered with the reason; `REPAIRS` lists them all.
 """
 
 from secorder_func.rules import (
+    alignment,
     attention,
     backward,
     cut_graphs,
@@ -12,9 +13,13 @@ from secorder_func.rules import (
     distances,
     embeddings,
     gradient_stops,
+    indices,
+    logarithms,
     losses,
     margins,
     normalization,
+    segments,
+    unpooling,
     wrong_forward,
 )
 from secorder_func.rules.mode import SecondOrderRules, evaluated, evaluation
@@ -25,6 +30,7 @@ __all__ = [
     "Repair",
     "SecondOrderRules",
     "WrongForwardRuleError",
+    "alignment",
     "attention",
     "backward",
     "cut_graphs",
@@ -34,9 +40,13 @@ __all__ = [
     "evaluated",
     "evaluation",
     "gradient_stops",
+    "indices",
+    "logarithms",
     "losses",
     "margins",
     "normalization",
     "repairs",
+    "segments",
+    "unpooling",
     "wrong_forward",
 ]

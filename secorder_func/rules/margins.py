@@ -68,10 +68,10 @@ def _multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if input.ndim == 1 and target.numel() == 1:
+    if input.ndim < 2 and target.numel() == 1:
         batch = _multi_margin_loss(
             rules,
-            input[None],
+            input.reshape(1, -1),
             target.reshape(1),
             p,
             margin,
@@ -106,9 +106,9 @@ def _multilabel_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if input.ndim == 1 and target.ndim == 1:
+    if input.ndim < 2 and target.ndim < 2:
         batch = _multilabel_margin_loss(
-            rules, input[None], target[None], size_average, reduce, reduction
+            rules, input.reshape(1, -1), target.reshape(1, -1), size_average, reduce, reduction
         )
         return batch.reshape(())
     unusual = size_average is not None or reduce is not None or input.ndim != 2

@@ -105,6 +105,29 @@ def _direct_layer_norm(rules: Rules, input: Tensor, *args: Any, **kwargs: Any) -
     return _layer_norm(rules, input, *args[:4], **kwargs)
 
 
+@repairs(
+    torch.native_layer_norm, because="its double backward fails without a weight; " + _WRONG_THIRD
+)
+def _native_layer_norm(
+    rules: Rules,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = tuple(range(-len(normalized_shape), 0))
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    x = input.float() if half else input
+    mean = x.mean(dims, keepdim=True)
+    rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
+    output = ((x - mean) * rstd).to(input.dtype)
+    if weight is not None:
+        output = output * weight
+    output = output if bias is None else output + bias
+    return output, mean.detach(), rstd.detach()  # torch differentiates the first only
+
+
 def _direct(of_channels: Any) -> Any:
     """Return the repair of torch.batch_norm or torch.instance_norm, which order their arguments otherwise."""
 

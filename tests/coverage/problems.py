@@ -37,7 +37,9 @@ def loss_of(output: Any) -> Tensor:
     """Return a smooth number that depends on every differentiable entry, unevenly and not only linearly."""
     total: Any = torch.zeros((), dtype=torch.float64)
     for tensor in optree.tree_leaves(output):
-        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        if not isinstance(tensor, Tensor) or not (
+            tensor.is_floating_point() or tensor.is_complex()
+        ):
             continue
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
@@ -46,6 +48,10 @@ def loss_of(output: Any) -> Tensor:
         weights = torch.cos(torch.arange(1.0, real.numel() + 1, dtype=torch.float64))
         total = total + (real * weights).sum() + 0.5 * (real * real).mean().nan_to_num()
     return total
+
+
+_OF_PROBABILITIES = ("nn.functional.ctc_loss", "nn.CTCLoss")
+"""Losses of log_softmax: torch's gradient leaves out what a log_softmax before would cancel."""
 
 
 def _differentiable(value: Any) -> bool:
@@ -110,6 +116,8 @@ def _problem_of(
     free = dict(module.named_parameters())
 
     def arguments(tensors: dict[str, Tensor]) -> Any:
+        if subject in _OF_PROBABILITIES:
+            tensors = {key: torch.log_softmax(tensor, -1) for key, tensor in tensors.items()}
         return spec.unflatten(
             [tensors[str(i)] if i in places else leaf for i, leaf in enumerate(leaves)]
         )
@@ -185,6 +193,8 @@ def operator_problem(op: Any, sample: Any, subject: str, name: str) -> Problem |
         placed = [tensors[str(i)] if i in places else leaf for i, leaf in enumerate(leaves)]
         first, args, kwargs = spec.unflatten(placed)
         call = op.gradcheck_wrapper
+        if subject in _OF_PROBABILITIES:
+            first = torch.log_softmax(first, -1)
         return loss_of(sample.output_process_fn_grad(call(op.get_op(), first, *args, **kwargs)))
 
     return Problem(subject, name, params, f, lambda: f(params))
