@@ -13,6 +13,7 @@ __all__ = [
     "HiddenParameterError",
     "MissingExtraError",
     "NoExactRouteError",
+    "NonFiniteError",
     "message",
     "warn_user",
 ]
@@ -42,6 +43,10 @@ class ArgumentError(ValueError, RuntimeError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument, or what a user's function returned, is of the wrong type."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A product has NaN or infinite entries, and `check_finite=True` asked for an error."""
 
 
 class HiddenParameterError(RuntimeError):

@@ -23,5 +23,5 @@ ModelFn: TypeAlias = Callable[[Tree, Any], Tree]
 MatVec: TypeAlias = Callable[[Tree], Tree]
 """A linear map from a tree to a tree of the same structure."""
 
-Mode: TypeAlias = Literal["auto", "forward_over_reverse", "reverse_over_reverse"]
+Mode: TypeAlias = Literal["auto", "forward_over_reverse", "reverse_over_reverse", "double_backward"]
 """How an exact product is differentiated; see `secorder_func.transforms.policy`."""

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from secorder_func.compat._arguments import Leaves
-from secorder_func.compat._double_backward import DoubleBackward, ggn_double_backward
 from secorder_func.compat._visibility import Unused, no_dependence, refuse_hidden, with_unused_known
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
 from secorder_func.rules import SecondOrderRules
+from secorder_func.transforms.double_backward import DoubleBackward, GGNDoubleBackward
 from secorder_func.transforms.gauss_newton import FlatModel, ggn_forward, ggn_pullbacks
 from secorder_func.transforms.hessian import forward_over_reverse, reverse_over_reverse
-from secorder_func.transforms.loss import FlatLoss
+from secorder_func.transforms.loss import FlatLoss, checked_scalar
 from secorder_func.transforms.policy import first_exact
 
-__all__ = ["gauss_newton", "hessian_operator_of", "hessian_product"]
+__all__ = ["gauss_newton", "hessian_operator_of", "hessian_product", "plain_product"]
 
 Func = Callable[[], Tensor]
 
@@ -54,7 +54,7 @@ def hessian_product(
 ) -> Leaves:
     """Return the exact product `H v`."""
     if create_graph:
-        return DoubleBackward(func, params, where, create_graph=True)(vector)
+        return plain_product(func, params, where, create_graph=True)(vector)
     vector = tuple(leaf.detach() for leaf in vector)
 
     def attempt(unused: Unused) -> Leaves:
@@ -72,7 +72,7 @@ def hessian_product(
             [
                 ("reverse_over_reverse", reverse),
                 ("forward_over_reverse", forward),
-                ("double_backward", lambda: DoubleBackward(func, params, where)(vector)),
+                ("double_backward", lambda: plain_product(func, params, where)(vector)),
             ],
             where=where,
             tensors=params,
@@ -116,10 +116,24 @@ def hessian_operator_of(
         return with_unused_known(func, params, attempt, where)
 
 
+def plain_product(
+    func: Func, params: Leaves, where: str, *, create_graph: bool = False
+) -> DoubleBackward:
+    """Return the product by plain autograd, in the parameters where they are."""
+
+    def evaluate() -> Tensor:
+        loss = checked_scalar(func(), where)
+        if not loss.requires_grad:
+            raise no_dependence(where)
+        return loss
+
+    return DoubleBackward(evaluate, params, create_graph=create_graph)
+
+
 def _double_backward_operator(
     func: Func, params: Leaves, where: str, *, create_graph: bool
 ) -> LinearOperator:
-    product = DoubleBackward(func, params, where, create_graph=create_graph)
+    product = plain_product(func, params, where, create_graph=create_graph)
     return LinearOperator(
         matvec=product, like=params, matmat=product.several, mode="double_backward"
     )
@@ -136,7 +150,7 @@ def gauss_newton(
 ) -> Leaves:
     """Return the exact product `J^T H_L J v` for the output of a closure and a loss of it."""
     if create_graph:
-        return ggn_double_backward(output, loss_of, params, vector, where, create_graph=True)
+        return GGNDoubleBackward(output, loss_of, params, where, create_graph=True)(vector)
     vector = tuple(leaf.detach() for leaf in vector)
 
     def attempt(unused: Unused) -> Leaves:
@@ -156,7 +170,7 @@ def gauss_newton(
                 return apply(vector)
 
         def plain() -> Leaves:
-            return ggn_double_backward(output, loss_of, params, vector, where, create_graph=False)
+            return GGNDoubleBackward(output, loss_of, params, where)(vector)
 
         _, product = first_exact(
             [

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from secorder_func.compat._arguments import Leaves
-from secorder_func.compat._double_backward import gradients, or_zeros
 from secorder_func.compat._visibility import (
     Unused,
     no_dependence,
@@ -26,6 +25,7 @@ from secorder_func.errors import (
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
+from secorder_func.transforms.double_backward import gradients, or_zeros
 from secorder_func.transforms.finite_difference import central_difference
 from secorder_func.transforms.loss import checked_scalar
 

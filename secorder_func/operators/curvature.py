@@ -13,9 +13,17 @@ from torch.func import vmap
 from secorder_func import tree
 from secorder_func.errors import message
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.rules.cut_graphs import may_fail
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
-from secorder_func.transforms.gauss_newton import flat_model, ggn_forward, ggn_pullbacks
+from secorder_func.transforms.double_backward import DoubleBackward, to_differentiate
+from secorder_func.transforms.finite import refuse_non_finite, require_values
+from secorder_func.transforms.gauss_newton import (
+    flat_model,
+    ggn_double_backward,
+    ggn_forward,
+    ggn_pullbacks,
+)
 from secorder_func.transforms.hessian import forward_over_reverse
 from secorder_func.transforms.loss import LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
@@ -23,6 +31,7 @@ from secorder_func.transforms.policy import (
     differentiated_outside,
     first_exact,
     no_exact_route,
+    routes_for,
 )
 from secorder_func.transforms.torch_func import grad, vjp_aux
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
@@ -31,9 +40,19 @@ __all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_bac
 
 LeafProduct = Callable[[Leaves], Leaves]
 
+_OTHER_MODE = (
+    "Make the operator with another mode= (forward_over_reverse, reverse_over_reverse, double_backward), "
+    "or replace the function that is to blame"
+)
+
 
 def hessian_operator(
-    f: LossFn, params: Tree, *args: Any, mode: Mode = "auto", **kwargs: Any
+    f: LossFn,
+    params: Tree,
+    *args: Any,
+    mode: Mode = "auto",
+    check_finite: bool = False,
+    **kwargs: Any,
 ) -> LinearOperator:
     """Return the Hessian of `f(params, *args, **kwargs)` in `params`, at these parameters.
 
@@ -42,8 +61,11 @@ def hessian_operator(
     f, params, args, kwargs
         As for `hvp`.
     mode
-        `"auto"` keeps the pullback of the gradient, `vjp(grad(f))`, and falls back to `jvp(grad(f))`, which evaluates
-        the loss for every product; a named mode is used or raises. `op.mode` says which it is.
+        `"auto"` keeps the pullback of the gradient, `vjp(grad(f))`. Where torch cannot make it, `jvp(grad(f))` follows,
+        which evaluates the loss for every product, then double backward. A named mode is used or raises. The mode is
+        chosen once, here; `op.mode` says which it is.
+    check_finite
+        Whether a product with a NaN or infinite entry is an error (`NonFiniteError`); not inside a transform.
 
     Returns
     -------
@@ -83,13 +105,19 @@ def hessian_operator(
         leaf_loss = loss.at(forward=True, higher=outside)
         return _replaying(lambda v: forward_over_reverse(leaf_loss, loss.leaves, v).hv, loss.leaves)
 
+    def plain() -> LeafProduct:
+        at = to_differentiate(loss.leaves, differentiable=outside)
+        product = DoubleBackward(lambda: loss.plain(at)[0], at, create_graph=outside)
+        product(tuple(torch.zeros_like(leaf) for leaf in at))  # fails here if it fails at all
+        return product
+
     route, product = first_exact(
-        _in_order(mode, reverse, forward),
+        _in_order(mode, reverse, forward, plain),
         where=where,
         tensors=loss.leaves,
         eager=loss.eager,
     )
-    return operator_on_leaves(product, params, mode=route)
+    return operator_on_leaves(product, params, mode=route, check_finite=check_finite)
 
 
 def ggn_operator(
@@ -100,6 +128,7 @@ def ggn_operator(
     targets: Any,
     *,
     mode: Mode = "auto",
+    check_finite: bool = False,
 ) -> LinearOperator:
     """Return the generalised Gauss-Newton matrix `J^T H_L J` at these parameters.
 
@@ -109,7 +138,10 @@ def ggn_operator(
         As for `ggnvp`.
     mode
         `"auto"` keeps three pullbacks (of the model, of that pullback, of the loss's gradient) and falls back to
-        forward mode, which evaluates the model for every product; a named mode is used or raises.
+        forward mode, which evaluates the model for every product, and to double backward; a named mode is used or
+        raises.
+    check_finite
+        As for `hessian_operator`.
 
     Returns
     -------
@@ -143,22 +175,47 @@ def ggn_operator(
     def forward() -> LeafProduct:
         return _replaying(lambda v: ggn_forward(model, v, higher=outside), model.leaves)
 
+    def plain() -> LeafProduct:
+        return ggn_double_backward(model, differentiable=outside)
+
     route, product = first_exact(
-        _in_order(mode, reverse, forward), where=where, tensors=model.leaves, eager=model.eager
+        _in_order(mode, reverse, forward, plain),
+        where=where,
+        tensors=model.leaves,
+        eager=model.eager,
     )
-    return operator_on_leaves(product, params, mode=route)
+    return operator_on_leaves(product, params, mode=route, check_finite=check_finite)
 
 
 def _in_order(
-    mode: Mode, reverse: Callable[[], LeafProduct], forward: Callable[[], LeafProduct]
+    mode: Mode,
+    reverse: Callable[[], LeafProduct],
+    forward: Callable[[], LeafProduct],
+    plain: Callable[[], LeafProduct],
 ) -> list[tuple[str, Callable[[], LeafProduct]]]:
-    routes = [("reverse_over_reverse", reverse), ("forward_over_reverse", forward)]
-    return routes if mode == "auto" else [route for route in routes if route[0] == mode]
+    """Return the routes of a mode; an operator keeps a pullback, so that it takes reverse over reverse first."""
+    ways = {
+        "reverse_over_reverse": reverse,
+        "forward_over_reverse": forward,
+        "double_backward": plain,
+    }
+    allowed = routes_for(mode, outside=False)
+    return [(name, way) for name, way in ways.items() if name in allowed]
 
 
 def pulled_back(loss: LeafLoss, leaves: Leaves, differentiable: bool) -> LeafProduct:
     """Return the Hessian's product as the pullback of the gradient, which is computed here, once."""
-    _, pullback, _ = vjp_aux(grad(loss, has_aux=True), leaves)
+    roots: list[Any] = []
+
+    def gradient(leaves: Leaves) -> tuple[Leaves, Leaves]:
+        found: tuple[Leaves, Leaves] = grad(loss, has_aux=True)(leaves)
+        if not torch.compiler.is_compiling():
+            roots.extend(leaf.grad_fn for leaf in found[0] if leaf.grad_fn is not None)
+        return found
+
+    _, pullback, _ = vjp_aux(gradient, leaves)
+    if may_fail(roots):  # then now, where another route can still be taken
+        pullback(tuple(torch.zeros_like(leaf) for leaf in leaves))
     return _without_graph(lambda vector: pullback(vector)[0], differentiable)
 
 
@@ -188,14 +245,19 @@ def _replaying(product: LeafProduct, leaves: Leaves) -> LeafProduct:
     return apply
 
 
-def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> LinearOperator:
+def operator_on_leaves(
+    product: LeafProduct, params: Tree, *, mode: str, check_finite: bool = False
+) -> LinearOperator:
     """Wrap a product of leaf tuples as an operator on trees like `params`.
 
-    Several vectors go through `vmap`, with the same random numbers for all; one by one where vmap cannot.
+    Several vectors go through `vmap`, with the same random numbers for all, or through the product's own batching;
+    one by one where that cannot.
     """
     leaves, unflatten = tree.flatten(params)
     versions = [_version(leaf) for leaf in leaves]
-    batched = vmap(product, randomness="same")
+    batched: LeafProduct = vmap(product, randomness="same")
+    if isinstance(product, DoubleBackward):
+        batched = product.several
 
     def single(vector: Leaves) -> Leaves:
         try:
@@ -206,7 +268,7 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
                 NotImplementedError,
             ):  # the user's own, out of memory
                 raise
-            raise no_exact_route("LinearOperator", [(mode, error)]) from error
+            raise no_exact_route("LinearOperator", [(mode, error)], mend=_OTHER_MODE) from error
 
     def several(vectors: Leaves) -> Leaves:
         try:
@@ -230,8 +292,14 @@ def operator_on_leaves(product: LeafProduct, params: Tree, *, mode: str) -> Line
                         "Make a new operator at the new parameters",
                     )
                 )
+            if check_finite:
+                require_values("LinearOperator")
             with out_of_inference_mode():
-                return unflatten(multiply(tuple(tree.flatten(without_inference_tensors(v))[0])))
+                vector = tuple(tree.flatten(without_inference_tensors(v))[0])
+                result = unflatten(multiply(vector))
+            if check_finite:
+                refuse_non_finite(result, "LinearOperator")
+            return result
 
         return apply
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from secorder_func.errors import NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
-__all__ = ["history", "refuse_cut_history"]
+__all__ = ["history", "may_fail", "refuse_cut_history"]
 
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
@@ -51,6 +51,16 @@ def refuse_cut_history(roots: Sequence[Any]) -> None:
             )
         if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
             raise NoExactRouteError("a function of the loss cannot be differentiated twice")
+
+
+def may_fail(roots: Sequence[Any]) -> bool:
+    """Say whether a backward pass from here may raise: it meets a node without a derivative, or one of the user's."""
+    return any(
+        "NotImplemented" in node.name()
+        or "Error" in node.name()
+        or isinstance(node, torch.autograd.function.BackwardCFunction)
+        for node in history(roots)
+    )
 
 
 def history(roots: Sequence[Any]) -> Iterator[torch.autograd.graph.Node]:

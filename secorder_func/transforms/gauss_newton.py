@@ -15,6 +15,8 @@ from secorder_func.checks import check_callable, check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.transforms.double_backward import GGNDoubleBackward, to_differentiate
+from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.policy import (
     check_mode,
@@ -27,10 +29,19 @@ from secorder_func.transforms.policy import (
 from secorder_func.transforms.torch_func import grad, jvp, jvp_aux, vjp, vjp_aux
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
-__all__ = ["FlatModel", "flat_model", "ggn_forward", "ggn_pullbacks", "ggnvp"]
+__all__ = [
+    "FlatModel",
+    "flat_model",
+    "ggn_double_backward",
+    "ggn_forward",
+    "ggn_pullbacks",
+    "ggnvp",
+]
 
 
-def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callable[..., Tree]:
+def ggnvp(
+    model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto", check_finite: bool = False
+) -> Callable[..., Tree]:
     r"""Transform a model and a loss into the product with `G = J^T H_L J`.
 
     `J` is the Jacobian of `model_fn` in `params`, `H_L` the Hessian of `loss_fn` in the outputs.
@@ -42,8 +53,8 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
     loss_fn
         `loss_fn(outputs, targets) -> loss` with one element. `G` has the unit of this loss, a sum or a mean over
         samples. `G` is positive semidefinite where the loss is convex in the outputs.
-    mode
-        As for `hvp`: how `J v` and `H_L` are differentiated.
+    mode, check_finite
+        As for `hvp`; the mode is how `J v` and `H_L` are differentiated.
 
     Returns
     -------
@@ -79,12 +90,16 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
     check_mode(mode, "ggnvp")
 
     def product(params: Tree, v: Tree, /, inputs: Any, targets: Any) -> Tree:
+        if check_finite:
+            require_values("ggnvp")
         model = flat_model(model_fn, loss_fn, params, inputs, targets, where="ggnvp")
         check_like(v, params, "ggnvp")
         vector = tuple(tree.flatten(without_inference_tensors(v))[0])
         outside = differentiated_outside(params, v, inputs, targets)
 
         def compute(route: Mode) -> Leaves:
+            if route == "double_backward":
+                return ggn_double_backward(model, differentiable=outside)(vector)
             if route == "forward_over_reverse":
                 return ggn_forward(model, vector, higher=outside)
             apply = ggn_pullbacks(model, higher=outside)
@@ -99,7 +114,10 @@ def ggnvp(model_fn: ModelFn, loss_fn: LossFn, *, mode: Mode = "auto") -> Callabl
         )
         if not outside:
             refuse_third_derivatives(leaves, "ggnvp")
-        return model.unflatten(leaves)
+        result = model.unflatten(leaves)
+        if check_finite:
+            refuse_non_finite(result, "ggnvp")
+        return result
 
     return product
 
@@ -235,3 +253,11 @@ def ggn_pullbacks(model: FlatModel, *, higher: bool) -> Callable[[Leaves], Leave
         return result
 
     return apply
+
+
+def ggn_double_backward(model: FlatModel, *, differentiable: bool) -> GGNDoubleBackward:
+    """Return the product by plain autograd."""
+    at = to_differentiate(model.leaves, differentiable=differentiable)
+    return GGNDoubleBackward(
+        lambda: model.model(at), model.loss, at, model.where, create_graph=differentiable
+    )

@@ -11,6 +11,12 @@ import torch
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_like
 from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.transforms.double_backward import (
+    DoubleBackward,
+    or_zeros,
+    to_differentiate,
+)
+from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.policy import (
     check_mode,
@@ -23,10 +29,19 @@ from secorder_func.transforms.policy import (
 from secorder_func.transforms.torch_func import grad, jvp_aux, vjp_aux
 from secorder_func.typing import LossFn, Mode, Tree
 
-__all__ = ["Product", "forward_over_reverse", "hvp", "hvp_and_grad", "reverse_over_reverse"]
+__all__ = [
+    "Product",
+    "double_backward",
+    "forward_over_reverse",
+    "hvp",
+    "hvp_and_grad",
+    "reverse_over_reverse",
+]
 
 
-def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..., Any]:
+def hvp(
+    f: LossFn, *, has_aux: bool = False, mode: Mode = "auto", check_finite: bool = False
+) -> Callable[..., Any]:
     r"""Transform `f` into its Hessian-vector product: `hvp(f)(params, v) = H v`, `H = d²f/dparams²`.
 
     The definition is `jvp(grad(f))`, forward over reverse, over a pytree of parameters.
@@ -39,7 +54,10 @@ def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..
     has_aux
         Whether `f` returns something beside the loss. Its tensors come back without derivatives.
     mode
-        `"auto"`, `"forward_over_reverse"` or `"reverse_over_reverse"`; see `secorder_func.transforms.policy`.
+        `"auto"`, `"forward_over_reverse"`, `"reverse_over_reverse"` or `"double_backward"`; see
+        `secorder_func.transforms.policy`.
+    check_finite
+        Whether a product with a NaN or infinite entry is an error; not inside a transform. It looks at every entry.
 
     Returns
     -------
@@ -55,6 +73,8 @@ def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..
         A leaf of `v` has another shape, dtype or device; the loss has several elements or is complex.
     NoExactRouteError
         torch cannot differentiate some function of the loss twice.
+    NonFiniteError
+        With `check_finite`, an entry of the product is NaN or infinite.
 
     Notes
     -----
@@ -83,14 +103,16 @@ def hvp(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..
     check_mode(mode, "hvp")
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:
-        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, "hvp")
+        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, check_finite, "hvp")
         hv = loss.unflatten(result.hv)
         return (hv, loss.aux(result.aux)) if has_aux else hv
 
     return product
 
 
-def hvp_and_grad(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Callable[..., Any]:
+def hvp_and_grad(
+    f: LossFn, *, has_aux: bool = False, mode: Mode = "auto", check_finite: bool = False
+) -> Callable[..., Any]:
     """Transform `f` into `(params, v, *args, **kwargs) -> (Hv, gradient)`, at the cost of `hvp` alone.
 
     With `has_aux` the result is `((Hv, gradient), aux)`. Everything else is as for `hvp`.
@@ -106,7 +128,8 @@ def hvp_and_grad(f: LossFn, *, has_aux: bool = False, mode: Mode = "auto") -> Ca
     check_mode(mode, "hvp_and_grad")
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:
-        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, "hvp_and_grad")
+        where = "hvp_and_grad"
+        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, check_finite, where)
         both = (loss.unflatten(result.hv), loss.unflatten(result.gradient))
         return (both, loss.aux(result.aux)) if has_aux else both
 
@@ -129,14 +152,19 @@ def _product(
     kwargs: dict[str, Any],
     has_aux: bool,
     mode: Mode,
+    check_finite: bool,
     where: str,
 ) -> tuple[FlatLoss, Product]:
+    if check_finite:
+        require_values(where)
     loss = flat_loss(f, params, args, kwargs, has_aux=has_aux, where=where)
     check_like(v, params, where)
     vector = tuple(tree.flatten(without_inference_tensors(v))[0])
     outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
 
     def compute(route: Mode) -> Product:
+        if route == "double_backward":
+            return double_backward(loss, vector, differentiable=outside)
         if route == "forward_over_reverse":
             return forward_over_reverse(loss.at(forward=True, higher=outside), loss.leaves, vector)
         leaf_loss = loss.at(forward=False, higher=outside)
@@ -150,6 +178,8 @@ def _product(
     )
     if not outside:
         refuse_third_derivatives(result.hv, where)
+    if check_finite:
+        refuse_non_finite(loss.unflatten(result.hv), where, gradient=result.gradient)
     return loss, result
 
 
@@ -168,3 +198,20 @@ def reverse_over_reverse(
     with torch.set_grad_enabled(differentiable):
         (hv,) = pullback(vector)
     return Product(hv, gradient, aux)
+
+
+def double_backward(loss: FlatLoss, vector: Leaves, *, differentiable: bool) -> Product:
+    """Return the product by plain autograd."""
+    at = to_differentiate(loss.leaves, differentiable=differentiable)
+    aux: list[Leaves] = []
+
+    def evaluate() -> torch.Tensor:
+        value, tensors = loss.plain(at)
+        aux.append(tuple(tensor.detach() for tensor in tensors))
+        return value
+
+    product = DoubleBackward(evaluate, at, create_graph=differentiable)
+    gradient = or_zeros(product.gradient, at)
+    if not differentiable:
+        gradient = tuple(leaf.detach() for leaf in gradient)
+    return Product(product(vector), gradient, aux[-1])

@@ -60,17 +60,21 @@ class FlatLoss:
             )
 
             def evaluate(rules: SecondOrderRules) -> tuple[Tensor, Leaves]:
-                value, aux = self._split(self.evaluate(leaves))
-                value = checked_scalar(value, self.where)
+                value, aux = self.plain(leaves)
                 if self.verify is not None:
                     self.verify(rules, value)
-                return value, self._pack(aux)
+                return value, aux
 
             return evaluated(
                 evaluate, forward=forward, higher=higher, exchange=exchange, protect=leaves
             )
 
         return loss
+
+    def plain(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
+        """Return the 0-dim loss and the tensors of the auxiliary output, under whatever rules are in force."""
+        value, aux = self._split(self.evaluate(leaves))
+        return checked_scalar(value, self.where), self._pack(aux)
 
     def eager(self) -> object:
         """Evaluate plainly, for the errors of the user's own function."""

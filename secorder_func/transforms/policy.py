@@ -2,9 +2,11 @@
 
 - `"forward_over_reverse"` is `jvp(grad(f))`, the definition.
 - `"reverse_over_reverse"` is `vjp(grad(f))`, the same product because the Hessian is symmetric.
+- `"double_backward"` is the same by plain autograd, which differentiates some functions that `torch.func` does not;
+  not inside one of its transforms.
 - `"auto"`, the default, takes the first; the second where the first has no right rule in torch for some function of
   the loss, where the product itself is differentiated, and under `torch.compile`, where forward mode would see through
-  a `no_grad` in the loss.
+  a `no_grad` in the loss; the third where that fails too and no transform is active.
 
 A named mode is used or raises. When no route is left, the loss's own error is raised if it has one, else
 `NoExactRouteError`.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -44,6 +46,7 @@ __all__ = [
     "differentiated_outside",
     "first_exact",
     "forward_mode_lock",
+    "in_transform",
     "no_exact_route",
     "refuse_third_derivatives",
     "routes_for",
@@ -73,11 +76,28 @@ def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
         Whether the product is itself differentiated. Third derivatives through forward over reverse are wrong
         for slogdet and solve in torch 2.13, through reverse over reverse they are right.
     """
+    if mode == "double_backward" and in_transform():
+        raise NoExactRouteError(message("mode='double_backward'", _NOT_INSIDE, _OUTSIDE))
     if mode != "auto":
         return (mode,)
-    if outside or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return ("reverse_over_reverse",)
-    return ("forward_over_reverse", "reverse_over_reverse")
+    last: tuple[Mode, ...] = () if in_transform() else ("double_backward",)
+    if outside:
+        return ("reverse_over_reverse", *last)
+    return ("forward_over_reverse", "reverse_over_reverse", *last)
+
+
+_NOT_INSIDE = "plain autograd does not work inside vmap, grad, jvp or torch.compile"
+_OUTSIDE = "Call it outside; several vectors go through hessian_operator(...).mm"
+
+
+def in_transform() -> bool:
+    """Say whether one of torch.func's transforms, or torch.compile, is at work around the caller."""
+    if torch.compiler.is_compiling():
+        return True
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
 
 
 def differentiated_outside(*trees: Any) -> bool:
@@ -162,31 +182,44 @@ def first_exact(
             _warn(where, failures, name)
         return name, result
 
-    with suppress(WrongForwardRuleError):
+    try:
         eager()  # a mistake in the loss itself is raised here, as the user's own error
+    except WrongForwardRuleError:
+        pass
+    except RuntimeError as error:  # inside a transform torch may refuse the function here as before
+        if not in_transform() or str(error) != str(failures[-1][1]):
+            raise
     state.restore()
     raise no_exact_route(where, failures) from failures[0][1]
 
 
-def no_exact_route(where: str, failures: Failures) -> NoExactRouteError:
+_REPLACE = (
+    "Replace the function that is to blame, or estimate the product by finite differences: "
+    "finite_difference_hvp for functions, approximate_hvp for closures"
+)
+
+
+def no_exact_route(where: str, failures: Failures, mend: str = _REPLACE) -> NoExactRouteError:
     """Return the error that names what torch said about each route that was tried."""
-    tried = "; ".join(f"{name}: {_first_line(error)}" for name, error in failures)
-    return NoExactRouteError(
-        message(
-            where,
-            f"torch has no exact second derivative of this loss; tried {tried}",
-            "Replace the function that is to blame, or estimate the product by finite differences: "
-            "finite_difference_hvp for functions, approximate_hvp for closures",
-        )
-    )
+    tried = "; ".join(f"{names}: {cause}" for names, cause in _by_cause(failures))
+    if in_transform():
+        mend += f". Or try double backward: {_NOT_INSIDE}. {_OUTSIDE}"
+    problem = f"torch has no exact second derivative of this loss; tried {tried}"
+    return NoExactRouteError(message(where, problem, mend))
 
 
 def _warn(where: str, failures: Failures, name: str) -> None:
-    cause = "; ".join(
-        f"{failed} is not possible here: {_first_line(error)}" for failed, error in failures
-    )
+    causes = [f"{names} is not possible here: {cause}" for names, cause in _by_cause(failures)]
     mend = f"Took {name} instead, which is exact too"
-    warn_user(message(where, cause, mend), CurvatureFallbackWarning)
+    warn_user(message(where, "; ".join(causes), mend), CurvatureFallbackWarning)
+
+
+def _by_cause(failures: Failures) -> list[tuple[str, str]]:
+    """Return the routes that failed and why, those with one cause together."""
+    causes: dict[str, list[str]] = {}
+    for name, error in failures:
+        causes.setdefault(_first_line(error), []).append(name)
+    return [(" and ".join(names), cause) for cause, names in causes.items()]
 
 
 def _first_line(error: BaseException) -> str:

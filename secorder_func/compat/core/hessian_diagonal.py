@@ -16,8 +16,7 @@ from secorder_func.compat._arguments import (
     checked_vector,
     model_parameters,
 )
-from secorder_func.compat._closure import hessian_operator_of
-from secorder_func.compat._double_backward import DoubleBackward
+from secorder_func.compat._closure import hessian_operator_of, plain_product
 from secorder_func.errors import ArgumentError, message
 
 __all__ = ["hessian_diagonal", "model_hessian_diagonal"]
@@ -139,7 +138,7 @@ def _require_all_used(func: Callable[[], Tensor], params: Leaves, where: str) ->
                     "Leave it out of params, or pass strict=False",
                 )
             )
-    for index, gradient in enumerate(DoubleBackward(func, params, where).gradient):
+    for index, gradient in enumerate(plain_product(func, params, where).gradient):
         if gradient is None:
             raise ArgumentError(
                 message(

@@ -1,6 +1,7 @@
-"""Exact products by plain autograd, on the parameters where they are.
+"""Exact products by plain autograd, twice, outside all of torch.func's transforms.
 
-The last resort of a closure, and the way to a result with a graph (`create_graph=True`).
+The last resort, for what only plain autograd differentiates (a custom `autograd.Function` without `setup_context`,
+activation checkpointing); and the way of a closure to a result with a graph.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.compat._arguments import Leaves
-from secorder_func.compat._visibility import no_dependence
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -24,42 +23,39 @@ from secorder_func.errors import (
 from secorder_func.rules import SecondOrderRules, evaluated, evaluation
 from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.cut_graphs import refuse_cut_history
-from secorder_func.transforms.loss import checked_scalar
+from secorder_func.transforms.loss import Leaves, checked_scalar
 
-__all__ = ["DoubleBackward", "ggn_double_backward", "gradients", "or_zeros"]
+__all__ = ["DoubleBackward", "GGNDoubleBackward", "gradients", "or_zeros", "to_differentiate"]
 
 Pairs = list[tuple[Tensor, Tensor]]
 
 
 class DoubleBackward:
-    """The product with the Hessian of a closure, by two backward passes.
+    """The product with a Hessian, by two backward passes.
 
-    The closure is evaluated here, once. Parameters that it does not use get zeros.
+    The loss is evaluated here, once. Parameters that it does not use get zeros.
 
     Parameters
     ----------
-    func, params, where
-        The closure, where to differentiate, the public function for messages.
+    evaluate
+        `() -> loss`, a 0-dim tensor, computed from `params` as they are.
+    params
+        Where to differentiate; tensors that require gradients.
     create_graph
         Whether products can be differentiated again.
     """
 
     def __init__(
-        self,
-        func: Callable[[], Tensor],
-        params: Leaves,
-        where: str,
-        *,
-        create_graph: bool = False,
+        self, evaluate: Callable[[], Tensor], params: Leaves, *, create_graph: bool = False
     ) -> None:
         self.params = params
         self.create_graph = create_graph
         self.higher = create_graph
 
         def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
-            loss = checked_scalar(func(), where)
+            loss = evaluate()
             if not loss.requires_grad:
-                raise no_dependence(where)
+                return [None] * len(params)
             refuse_cut_history([loss.grad_fn])
             self.higher = rules.higher
             return gradients([loss], params, create_graph=True)
@@ -91,36 +87,65 @@ class DoubleBackward:
             yield
 
 
-def ggn_double_backward(
-    output: Callable[[], Any],
-    loss_of: Callable[[Any], Tensor],
-    params: Leaves,
-    vector: Leaves,
-    where: str,
-    *,
-    create_graph: bool,
-) -> Leaves:
-    """Return `J^T H_L J v`, `J v` as the derivative of the pullback with respect to its cotangent."""
+class GGNDoubleBackward:
+    """The product `J^T H_L J v`, `J v` as the derivative of the pullback with respect to its cotangent.
 
-    def differentiate(rules: SecondOrderRules) -> Leaves:
-        outputs, smooth = _cloned(output())
-        if not smooth:
-            raise ArgumentTypeError(
-                message(where, "no output of the model is a tensor that depends on its parameters")
-            )
-        loss = checked_scalar(loss_of(outputs), where)
-        if not loss.requires_grad:
-            raise ArgumentError(message(where, "the loss does not depend on the model's output"))
-        refuse_cut_history([loss.grad_fn, *(z.grad_fn for z in smooth)])
-        cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in smooth)
-        pulled = gradients(smooth, params, cotangents, create_graph=True)
-        tangents = _pull(_paired(pulled, vector), cotangents, create_graph=True)
-        slope = gradients([loss], smooth, create_graph=True)
-        bent = _pull(_paired(slope, tangents), smooth, create_graph=True)
-        return _pull(list(zip(smooth, bent, strict=True)), params, create_graph=create_graph)
+    Model and loss are evaluated here, once; arguments as for `DoubleBackward`.
+    """
 
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        loss_of: Callable[[Any], Tensor],
+        params: Leaves,
+        where: str,
+        *,
+        create_graph: bool = False,
+    ) -> None:
+        self.params = params
+        self.create_graph = create_graph
+        self.higher = create_graph
+
+        def differentiate(rules: SecondOrderRules) -> None:
+            outputs, self.smooth = _cloned(model())
+            if not self.smooth:
+                raise ArgumentTypeError(
+                    message(
+                        where, "no output of the model is a tensor that depends on its parameters"
+                    )
+                )
+            loss = checked_scalar(loss_of(outputs), where)
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    message(where, "the loss does not depend on the model's output")
+                )
+            refuse_cut_history([loss.grad_fn, *(z.grad_fn for z in self.smooth)])
+            self.higher = rules.higher
+            self.cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in self.smooth)
+            self.pulled = gradients(self.smooth, params, self.cotangents, create_graph=True)
+            self.slope = gradients([loss], self.smooth, create_graph=True)
+
+        with _recording():
+            evaluated(differentiate, forward=False, higher=create_graph, protect=params)
+
+    def __call__(self, vector: Leaves) -> Leaves:
+        """Return the product with one vector."""
+        with _recording(), evaluation(forward=False, higher=self.higher, protect=self.params):
+            tangents = _pull(_paired(self.pulled, vector), self.cotangents, create_graph=True)
+            bent = _pull(_paired(self.slope, tangents), self.smooth, create_graph=True)
+            pairs = list(zip(self.smooth, bent, strict=True))
+            return _pull(pairs, self.params, create_graph=self.create_graph)
+
+
+def to_differentiate(leaves: Leaves, *, differentiable: bool) -> Leaves:
+    """Return tensors with the values of `leaves` to differentiate in, with their history if `differentiable`."""
     with _recording():
-        return evaluated(differentiate, forward=False, higher=create_graph, protect=params)
+        return tuple(
+            leaf.view_as(leaf)
+            if differentiable and leaf.requires_grad
+            else leaf.detach().requires_grad_()
+            for leaf in leaves
+        )
 
 
 def _cloned(outputs: Any) -> tuple[Any, Leaves]:
