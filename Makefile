@@ -12,7 +12,7 @@ TESTED := --doctest-modules --nbmake tests secorder_func README.md docs notebook
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test test-full lint format docs serve notebooks bench bench-quick clean
+.PHONY: help venv demo test test-full test-torch coverage-table lint format docs serve notebooks bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,15 @@ test: lint ## lint, types, import contracts, tests, doctests, README, notebooks
 
 test-full: lint docs ## test, the slow tests and the documentation site
 	@$(PYTEST) $(TESTED)
+
+test-torch: ## the tests on another torch: make test-torch VERSION=2.9.1
+	@test -n "$(VERSION)" || { echo "Say which: make test-torch VERSION=2.9.1"; exit 2; }
+	@test -d .venv-torch-$(VERSION) || $(PYTHON) -m venv .venv-torch-$(VERSION)
+	@sed '/^torch==/d' constraints.txt > .venv-torch-$(VERSION)/constraints.txt
+	@.venv-torch-$(VERSION)/bin/python -m pip install -qq --disable-pip-version-check \
+		-c .venv-torch-$(VERSION)/constraints.txt torch==$(VERSION) -e '.[test]'
+	@OMP_NUM_THREADS=1 .venv-torch-$(VERSION)/bin/python -m pytest -q -n auto --maxprocesses 8 \
+		--dist loadfile --doctest-modules tests secorder_func README.md docs
 
 lint: $(VENV)/.dev ## check format, lint, types and import contracts
 	@$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.segments import reduced_segments
 
 __all__: list[str] = []
 
@@ -26,8 +27,10 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    unusual = max_norm is not None or scale_grad_by_freq or sparse or mode not in ("sum", "mean")
-    if unusual or input.ndim != (2 if offsets is None else 1):
+    unusual = max_norm is not None or scale_grad_by_freq or sparse
+    if mode == "max" and torch.compiler.is_compiling():
+        unusual = True
+    if unusual or mode not in ("sum", "mean", "max") or input.ndim != (2 if offsets is None else 1):
         return F.embedding_bag(
             input,
             weight,
@@ -41,6 +44,8 @@ def _embedding_bag(
             include_last_offset,
             padding_idx,
         )
+    if mode == "max":
+        return _maxima(rules, input, weight, offsets, include_last_offset, padding_idx)
     indices, bags, count = _bags(input, offsets, include_last_offset)
     entries = torch.ones_like(weight[:1, :1]).expand(len(indices), 1)
     if padding_idx is not None:
@@ -68,3 +73,25 @@ def _bags(
     positions = torch.arange(len(input), device=input.device)
     bags = torch.searchsorted(starts.to(positions.dtype).contiguous(), positions, right=True) - 1
     return input, bags, len(starts)
+
+
+def _maxima(
+    rules: Rules,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """Return the greatest entry of each column in a bag, zeros for an empty bag."""
+    rows = F.embedding(input.reshape(-1), weight)
+    if padding_idx is not None:
+        padding = (input.reshape(-1) == padding_idx % weight.shape[0]).unsqueeze(1)
+        rows = torch.where(padding, -torch.inf, rows)
+    if offsets is None:
+        maxima = rows.reshape(*input.shape, weight.shape[1]).amax(1)
+    else:
+        last = offsets.new_full((1,), len(input))
+        edges = offsets if include_last_offset else torch.cat([offsets, last])
+        maxima = reduced_segments(rows, "max", edges.diff(), edges[:-1])
+    return torch.where(maxima.isinf(), 0.0, maxima)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,47 @@ def _as_numbers(value: Any) -> Any:
         return value
     numbers: Any = unwrapped(value).tolist()
     return tuple(numbers) if isinstance(numbers, list) else numbers
+
+
+_SCALAR_INDEX = "with a 0-dim index torch's rules for vmap of derivatives have wrong shapes"
+
+
+def _index_of_rows(function: Callable[..., Any]) -> None:
+    @repairs(function, because=_SCALAR_INDEX)
+    def _one_row(
+        rules: Rules, input: Tensor, dim: int, index: Tensor, source: Tensor, **kwargs: Any
+    ) -> Any:
+        if index.ndim == 0:
+            index = index.reshape(1)
+            source = source.unsqueeze(dim) if source.ndim < input.ndim else source
+        return function(input, dim, index, source, **kwargs)
+
+
+for _name in ("index_copy", "index_add"):
+    _index_of_rows(getattr(torch, _name))
+    _index_of_rows(getattr(torch.Tensor, _name))
+    _index_of_rows(getattr(torch.Tensor, _name + "_"))
+
+_WRONG_FILL = "vmap of its forward rule is silently wrong for a differentiable value (2.13)"
+
+
+@repairs(torch.index_fill, torch.Tensor.index_fill, because=_WRONG_FILL)
+def _index_fill(rules: Rules, input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.index_fill(input, dim, index, value)
+    length = input.shape[dim] if input.ndim else 1
+    filled = torch.zeros(length, dtype=torch.bool, device=input.device)
+    filled = filled.index_fill(0, index.reshape(-1), True)
+    behind = input.ndim - 1 - dim % max(1, input.ndim)
+    where = filled.reshape(-1, *[1] * behind) if input.ndim else filled.reshape(())
+    return torch.where(where, value.to(input.dtype), input)
+
+
+@repairs(torch.Tensor.index_fill_, because=_WRONG_FILL)
+def _index_fill_(rules: Rules, input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return input.index_fill_(dim, index, value)
+    return input.copy_(_index_fill(rules, input, dim, index, value))
 
 
 @repairs(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-__all__ = ["JVP", "differentiating_levels", "unwrapped"]
+__all__ = ["JVP", "differentiating_levels", "innermost_is_vmap", "unwrapped"]
 
 JVP = _functorch.TransformType.Jvp
 
@@ -19,6 +19,14 @@ def differentiating_levels() -> list[Any]:
         return []
     kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
     return [kind for kind in kinds if kind in (_functorch.TransformType.Grad, JVP)]
+
+
+def innermost_is_vmap() -> bool:
+    """Say whether the level in force maps."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or []
+    return bool(stack) and stack[-1].key() == _functorch.TransformType.Vmap
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -56,6 +56,20 @@ def _hardsigmoid(rules: Rules, input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
 
+@repairs(F.rrelu, torch.rrelu, because="vmap has no rule for it")
+def _rrelu(
+    rules: Rules,
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    if training or inplace:
+        return F.rrelu(input, lower, upper, training, inplace)
+    return F.leaky_relu(input, (lower + upper) / 2)
+
+
 @repairs(F.multi_margin_loss, because=_NO_SECOND)
 def _multi_margin_loss(
     rules: Rules,

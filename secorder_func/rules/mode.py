@@ -84,7 +84,7 @@ class SecondOrderRules(TorchFunctionMode):
         result = self._repaired(func, args, kwargs)
         if touched and _holds_tensor(result):
             self.seen |= touched
-        if self.shadows.level <= 0 and func != _GET_GRAD:
+        if self.shadows.remembers and func != _GET_GRAD:
             self.shadows.note_born(result)
         return result
 

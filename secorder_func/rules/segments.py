@@ -10,7 +10,7 @@ from torch import Tensor
 from secorder_func.rules.levels import unwrapped
 from secorder_func.rules.registry import Rules, repairs
 
-__all__: list[str] = []
+__all__ = ["reduced_segments"]
 
 _NEUTRAL = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "max": -torch.inf, "min": torch.inf}
 
@@ -41,29 +41,31 @@ def _segment_reduce(
             unsafe=unsafe,
             initial=initial,
         )
-    assert bounds is not None
-    edges = unwrapped(bounds)
-    starts = edges[:-1] if lengths is None else edges.cumsum(0) - edges
-    sizes = edges.diff() if lengths is None else edges
-    longest = int(sizes.max()) if len(sizes) else 0
+    if lengths is not None:
+        return reduced_segments(data, reduce, lengths, lengths.cumsum(0) - lengths, initial)
+    assert offsets is not None
+    return reduced_segments(data, reduce, offsets.diff(), offsets[:-1], initial)
+
+
+def reduced_segments(
+    data: Tensor, reduce: str, lengths: Tensor, starts: Tensor, initial: Any = None
+) -> Tensor:
+    """Reduce the rows `starts[k]` to `starts[k] + lengths[k] - 1` of `data` for each k, in a padded table."""
+    lengths, starts = unwrapped(lengths), unwrapped(starts)
+    longest = int(lengths.max()) if len(lengths) else 0
     steps = torch.arange(longest, device=data.device)
-    inside = (steps < sizes.unsqueeze(1)).reshape(len(sizes), longest, *[1] * (data.ndim - 1))
+    entries = [1] * (data.ndim - 1)
+    inside = (steps < lengths.unsqueeze(1)).reshape(len(lengths), longest, *entries)
     places = (starts.unsqueeze(1) + steps).clamp(max=max(0, data.shape[0] - 1))
     neutral = torch.full((), _NEUTRAL[reduce], dtype=data.dtype, device=data.device)
     rows = torch.where(inside, data[places], neutral)  # (segments, longest, ...)
     if initial is not None:
-        first = torch.full_like(rows[:, :1], initial)
-        rows = torch.cat([first, rows], 1)
-        sizes = sizes.clamp(min=1)  # a mean divides by what the data alone count
-    counts = sizes.reshape(-1, *[1] * (data.ndim - 1))
-    return _reduced(rows, reduce, counts)
-
-
-def _reduced(rows: Tensor, reduce: str, counts: Tensor) -> Tensor:
+        rows = torch.cat([torch.full_like(rows[:, :1], initial), rows], 1)
+        lengths = lengths.clamp(min=1)  # a mean divides by what the data alone count
     if reduce == "sum":
         return rows.sum(1)
     if reduce == "mean":
-        return rows.sum(1) / counts
+        return rows.sum(1) / lengths.reshape(-1, *entries)
     if reduce == "prod":
         return rows.prod(1)
     extreme: Tensor = rows.amax(1) if reduce == "max" else rows.amin(1)

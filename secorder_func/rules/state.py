@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from secorder_func.rules.levels import unwrapped
+from secorder_func.rules.levels import innermost_is_vmap, unwrapped
 
 __all__ = ["Shadows", "module_attributes_restored"]
 
@@ -26,13 +26,15 @@ __all__ = ["Shadows", "module_attributes_restored"]
 class Shadows:
     """Stand-ins for captured tensors that the loss writes to, by identity.
 
-    A tensor is captured if the evaluation has not made it. Inside a functorch level whatever is made carries
-    that level. Without one, what has a gradient history is made here or must not be written to anyway;
+    A tensor is captured if the evaluation has not made it. Inside a level that differentiates whatever is made carries
+    that level. Without one, and under vmap alone, which wraps only what is mapped, what has a gradient history is made
+    here or must not be written to anyway;
     the rest is remembered as it is born.
     """
 
     def __init__(self) -> None:
         self.level: int = -1 if torch.compiler.is_compiling() else _current_level()
+        self.remembers = self.level <= 0 or innermost_is_vmap()
         self.born: dict[int, weakref.ref[Tensor]] = {}
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
@@ -49,15 +51,17 @@ class Shadows:
             self.captured.setdefault(_storage(tensor), tensor)
 
     def note_born(self, result: Any) -> None:
-        """Remember a result without gradient history, outside functorch."""
+        """Remember a result without gradient history, which no level marks."""
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and not tensor.requires_grad:
                 self.born[id(tensor)] = weakref.ref(tensor)
 
     def is_captured(self, tensor: Tensor) -> bool:
         """Say whether a tensor is older than this evaluation."""
-        if self.level > 0:
-            return _functorch.maybe_get_level(tensor) < self.level
+        if self.level > 0 and _functorch.maybe_get_level(tensor) >= self.level:
+            return False
+        if not self.remembers:
+            return True
         if tensor.grad_fn is not None:
             return False
         made_here = self.born.get(id(tensor))

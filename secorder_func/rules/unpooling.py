@@ -1,4 +1,4 @@
-"""Max unpooling where an index occurs twice.
+"""Max unpooling as a scatter, refused where an index occurs twice.
 
 Of two values for one place one is written, but torch's backward gives both its derivative. So the gradient is not that
 of the loss, and what is differentiated further is no Hessian: differences of it disagree with double backward.
@@ -6,12 +6,14 @@ of the loss, and what is differentiated further is no Hessian: differences of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _ntuple
 
 from secorder_func.errors import NoExactRouteError
 from secorder_func.rules.levels import unwrapped
@@ -20,15 +22,32 @@ from secorder_func.rules.registry import Rules, repairs
 __all__: list[str] = []
 
 
-def _refuse_repeated(function: Callable[..., Tensor], dims: int) -> None:
+def _as_scatter(function: Callable[..., Tensor], dims: int) -> None:
+    several = _ntuple(dims)
+
     @repairs(function, because="with repeated indices its gradient is not that of its output")
-    def _unpool(rules: Rules, input: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and _repeats(unwrapped(indices), dims):
+    def _unpool(
+        rules: Rules,
+        input: Tensor,
+        indices: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        output_size: Any = None,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return function(input, indices, kernel_size, stride, padding, output_size)
+        if _repeats(unwrapped(indices), dims):
             raise NoExactRouteError(
                 f"{function.__name__} got an index twice, so that torch's gradient of it is not that of its output; "
                 "pool without overlap (stride = kernel_size)"
             )
-        return function(input, indices, *args, **kwargs)
+        kernel, steps = several(kernel_size), several(kernel_size if stride is None else stride)
+        size = F._unpool_output_size(input, kernel, steps, several(padding), output_size)  # type: ignore[attr-defined]
+        places, values = indices.flatten(-dims), input.flatten(-dims)
+        lead = input.shape[:-dims]
+        output = values.new_zeros((*lead, math.prod(size[-dims:])))
+        return output.scatter(-1, places, values).reshape(*lead, *size[-dims:])
 
 
 def _repeats(indices: Tensor, dims: int) -> bool:
@@ -37,4 +56,4 @@ def _repeats(indices: Tensor, dims: int) -> bool:
 
 
 for _dims, _name in enumerate(("max_unpool1d", "max_unpool2d", "max_unpool3d"), start=1):
-    _refuse_repeated(getattr(F, _name), _dims)
+    _as_scatter(getattr(F, _name), _dims)

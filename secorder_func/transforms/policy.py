@@ -209,7 +209,7 @@ def no_exact_route(where: str, failures: Failures, mend: str = _REPLACE) -> NoEx
 
 
 def _warn(where: str, failures: Failures, name: str) -> None:
-    causes = [f"{names} is not possible here: {cause}" for names, cause in _by_cause(failures)]
+    causes = [f"no {names}: {cause}" for names, cause in _by_cause(failures)]
     mend = f"Took {name} instead, which is exact too"
     warn_user(message(where, "; ".join(causes), mend), CurvatureFallbackWarning)
 
@@ -219,7 +219,7 @@ def _by_cause(failures: Failures) -> list[tuple[str, str]]:
     causes: dict[str, list[str]] = {}
     for name, error in failures:
         causes.setdefault(_first_line(error), []).append(name)
-    return [(" and ".join(names), cause) for cause, names in causes.items()]
+    return [(" or ".join(names), cause) for cause, names in causes.items()]
 
 
 def _first_line(error: BaseException) -> str:

@@ -155,6 +155,18 @@ class _Spread(nn.Module):
         return self.module(*args, **kwargs)
 
 
+def function_problem(
+    subject: str, name: str, function: Callable[..., Any], tensors: tuple[Tensor, ...]
+) -> Problem:
+    """Return a function's loss in its tensors."""
+    params = {str(index): tensor for index, tensor in enumerate(tensors)}
+
+    def f(at: Tree) -> Tensor:
+        return loss_of(function(*(at[str(index)] for index in range(len(tensors)))))
+
+    return Problem(subject, name, params, f, lambda: f(params))
+
+
 # ------------------------------------------------------------------------------------- operators
 
 

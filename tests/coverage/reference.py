@@ -81,6 +81,7 @@ def direction(problem: Problem, seed: int) -> Any:
 NO_DIFFERENCES = {
     **dict.fromkeys(("bfloat16", "half", "float", "chalf", "cfloat"), "rounds what is moved"),
     "as_strided.partial_views": "reads memory that does not belong to its argument",
+    "nn.functional.gumbel_softmax": "straight through: holds constant by detach what a difference moves",
 }
 """Operators of which no difference can be taken, and why."""
 

@@ -22,18 +22,27 @@ from secorder_func.transforms.policy import (
 from tests import oracles, problems
 
 
-@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse"])
+@pytest.mark.parametrize(
+    "mode", ["forward_over_reverse", "reverse_over_reverse", "double_backward"]
+)
 @pytest.mark.parametrize("outside", [False, True])
 def test_a_named_mode_is_the_only_route(mode: Any, outside: bool) -> None:
     assert routes_for(mode, outside=outside) == (mode,)
 
 
 def test_auto_tries_forward_over_reverse_first() -> None:
-    assert routes_for("auto", outside=False) == ("forward_over_reverse", "reverse_over_reverse")
+    routes = ("forward_over_reverse", "reverse_over_reverse", "double_backward")
+    assert routes_for("auto", outside=False) == routes
 
 
 def test_auto_takes_reverse_over_reverse_where_the_product_is_differentiated() -> None:
-    assert routes_for("auto", outside=True) == ("reverse_over_reverse",)
+    assert routes_for("auto", outside=True) == ("reverse_over_reverse", "double_backward")
+
+
+def test_double_backward_is_no_route_inside_a_transform() -> None:
+    seen: list[Any] = []
+    torch.func.vmap(lambda p: seen.append(routes_for("auto", outside=False)) or p)(torch.ones(2))
+    assert seen == [("forward_over_reverse", "reverse_over_reverse")]
 
 
 def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
@@ -104,7 +113,7 @@ def test_the_first_route_that_works_is_taken_in_silence() -> None:
 def test_another_route_is_taken_with_a_warning_that_names_cause_and_route() -> None:
     with pytest.warns(
         CurvatureFallbackWarning,
-        match=r"here: route 0 is not possible here: no rule\. Took route 1",
+        match=r"here: no route 0: no rule\. Took route 1",
     ):
         assert _first(_failing(RuntimeError("no rule.\nmore")), lambda: 2) == ("route 1", 2)
 
