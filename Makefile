@@ -53,6 +53,9 @@ docs: $(VENV)/.dev ## build the site into site/
 serve: $(VENV)/.dev ## show the site while it is written
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+coverage-table: $(VENV)/.dev ## write docs/coverage.md: what works by which mode
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage
+
 notebooks: $(VENV)/.dev ## run every notebook and store its outputs
 	@$(PYTEST) --nbmake --overwrite notebooks
 

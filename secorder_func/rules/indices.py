@@ -52,6 +52,14 @@ for _name in ("index_copy", "index_add"):
     _index_of_rows(getattr(torch.Tensor, _name))
     _index_of_rows(getattr(torch.Tensor, _name + "_"))
 
+
+@repairs(torch.index_select, torch.Tensor.index_select, because=_SCALAR_INDEX)
+def _index_select(rules: Rules, input: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Tensor:
+    if index.ndim == 0 and input.ndim > 1:
+        index = index.reshape(1)
+    return torch.index_select(input, dim, index, **kwargs)
+
+
 _WRONG_FILL = "vmap of its forward rule is silently wrong for a differentiable value (2.13)"
 
 
