@@ -13,6 +13,7 @@ __all__ = [
     "HiddenParameterError",
     "MissingExtraError",
     "NoExactRouteError",
+    "VerificationError",
     "message",
     "warn_user",
 ]
@@ -49,6 +50,10 @@ class HiddenParameterError(RuntimeError):
 
     Only plain autograd, which differentiates the parameters where they are, sees such a path.
     """
+
+
+class VerificationError(RuntimeError):
+    """A check of `verify` failed; the message is the report."""
 
 
 class MissingExtraError(ImportError):

@@ -1,0 +1,187 @@
+"""A derivative against differences at several steps, whose own error shows in how they differ from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+import torch
+
+from secorder_func import tree
+from secorder_func.transforms.finite_difference import base_step
+from secorder_func.transforms.loss import Leaves
+
+__all__ = ["Comparison", "Verdict", "compare", "finite", "size"]
+
+Verdict: TypeAlias = Literal["agrees", "differs", "jumps", "undecided"]
+
+_FIRST = (1.0, 0.25)
+_MORE = (16.0, 4.0, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10, 2.0**-12)
+_SETTLED = (
+    0.1  # differences that differ by so little, relative to the error, have found another value
+)
+_JUMP = 1e3  # in multiples of rounding
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a derivative compares with differences.
+
+    Attributes
+    ----------
+    verdict
+        `"agrees"`; `"differs"`: the differences settle on another value; `"jumps"`: they grow without bound as the step
+        shrinks, so that what is differenced jumps at the point; `"undecided"`: they do not settle.
+    error
+        The relative difference at the best step.
+    scatter
+        By how much the differences differ among themselves, relative to the derivative.
+    """
+
+    verdict: Verdict
+    error: float
+    scatter: float
+
+    def undecided(self) -> Comparison:
+        """Return the same comparison without a verdict."""
+        return replace(self, verdict="undecided")
+
+
+@dataclass(frozen=True)
+class _At:
+    """The difference at one step: the step, the value, its size, its distance from the derivative."""
+
+    step: float
+    value: Leaves
+    size: float
+    error: float
+
+
+def compare(
+    function: Callable[[Leaves], Leaves],
+    point: Leaves,
+    direction: Leaves,
+    derivative: Leaves,
+    *,
+    eps: float,
+    rtol: float,
+) -> Comparison:
+    """Compare the derivative of `function` along `direction` with central differences.
+
+    Parameters
+    ----------
+    function
+        Leaves -> tensors; the loss or its gradient.
+    point, direction
+        Where, and along what.
+    derivative
+        What is to be checked, like what `function` returns.
+    eps
+        The unit roundoff in which `function` is computed.
+    rtol
+        The relative difference that is allowed.
+    """
+    here = size(function(point))
+    exact = size(derivative)
+    unit = float(base_step(point, direction))
+
+    def at(multiples: tuple[float, ...]) -> list[_At]:
+        tried = [_difference(function, point, direction, derivative, unit * m) for m in multiples]
+        return [difference for difference in tried if difference is not None]
+
+    def agrees(difference: _At, noise: float) -> bool:
+        scale, rounding = max(exact, difference.size), noise / difference.step
+        if difference.error <= rtol * scale:
+            return True
+        # Rounding that could hide a wrong derivative decides nothing, unless there is nothing to hide.
+        telling = exact == 0 or rounding <= 0.1 * scale or eps < 1e-10
+        return telling and difference.error <= rounding and difference.step >= min(_FIRST) * unit
+
+    found = at(_FIRST)
+    noise = 4 * eps * here
+    if len(found) == len(_FIRST) and any(agrees(difference, noise) for difference in found):
+        return _conclusion("agrees", found, exact)
+    found += at(_MORE)
+    found.sort(key=lambda difference: -difference.step)
+    if any(agrees(difference, noise) for difference in found):
+        return _conclusion("agrees", found, exact)
+    if len(found) < 4:
+        return Comparison("undecided", float("inf"), float("inf"))
+    noise = max(noise, _noise(function, point, direction, unit))
+    if _settled(found, noise):
+        return _conclusion("differs", found, exact)
+    if _grows(found, noise):
+        return _conclusion("jumps", found, exact)
+    return _conclusion("undecided", found, exact)
+
+
+def _difference(
+    function: Callable[[Leaves], Leaves],
+    point: Leaves,
+    direction: Leaves,
+    derivative: Leaves,
+    step: float,
+) -> _At | None:
+    """Return the difference at one step; None where the function raises or is not finite at one of its points."""
+    try:
+        ahead, behind = (function(tree.axpy(s, direction, point)) for s in (step, -step))
+    except Exception:  # the loss may end there, as a Cholesky factorisation does
+        return None
+    value = tree.scale(1 / (2 * step), tree.sub(ahead, behind))
+    if not finite(value):
+        return None
+    return _At(step, value, size(value), _distance(value, derivative))
+
+
+def size(leaves: Leaves) -> float:
+    """Return the Euclidean norm."""
+    return float(tree.norm(leaves)) if leaves else 0.0
+
+
+def _distance(x: Leaves, y: Leaves) -> float:
+    return size(tree.sub(x, y))
+
+
+def _noise(
+    function: Callable[[Leaves], Leaves], point: Leaves, direction: Leaves, unit: float
+) -> float:
+    """Return the rounding of `function`, as it shows in a second difference too close for curvature.
+
+    All on one side of the point, so that a jump there does not count.
+    """
+    near = [function(tree.axpy(k * unit * 2.0**-14, direction, point)) for k in (1, 2, 3)]
+    bend = tree.add(tree.sub(near[0], near[1]), tree.sub(near[2], near[1]))
+    return size(bend)
+
+
+def _settled(found: list[_At], noise: float) -> bool:
+    """Say whether three differences in a row agree on a value that is not the derivative."""
+    gaps = [_distance(a.value, b.value) for a, b in pairwise(found)]
+    for k in range(len(gaps) - 1):
+        three = found[k : k + 3]
+        error = min(difference.error for difference in three)
+        clear = error > 10 * noise / three[-1].step
+        if clear and max(gaps[k], gaps[k + 1]) <= _SETTLED * error:
+            return True
+    return False
+
+
+def _grows(found: list[_At], noise: float) -> bool:
+    """Say whether the smallest steps show a jump: an error that is inversely proportional to the step."""
+    jumps = [difference.error * difference.step for difference in found[-4:]]
+    return min(jumps) > 0.7 * max(jumps) and min(jumps) > _JUMP * noise
+
+
+def _conclusion(verdict: Verdict, found: list[_At], exact: float) -> Comparison:
+    best = min(found, key=lambda difference: difference.error)
+    scale = max(exact, best.size) or 1.0
+    others = [d for d in found if d is not best]
+    scatter = min(_distance(d.value, best.value) for d in others)
+    return Comparison(verdict, best.error / scale, scatter / scale)
+
+
+def finite(leaves: Leaves) -> bool:
+    """Say whether every entry is a number."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves)

@@ -1,0 +1,113 @@
+"""What the comparisons share: the problem, the evidence, the tolerances, the directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.transforms.loss import Leaves
+from secorder_func.verify._differences import Comparison, finite
+from secorder_func.verify._evidence import Evidence
+from secorder_func.verify._problem import Problem, widened
+
+__all__ = ["Decision", "Setting", "places"]
+
+Trial: TypeAlias = Callable[[Problem, float, float], Comparison]
+"""Problem, unit roundoff, tolerance -> comparison."""
+
+_FINE = 1e-10  # unit roundoffs below need no finer dtype to decide
+_ROUGH = 1e-3  # and those above decide nothing against a derivative
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A comparison, and where it was made."""
+
+    comparison: Comparison
+    problem: Problem
+    eps: float
+    rtol: float
+    in_double: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A loss that evaluates to the same number twice, and how to compare.
+
+    Attributes
+    ----------
+    problem, value, evidence
+        The loss, what it evaluates to, and what that showed.
+    random
+        Whether it draws random numbers.
+    v, u
+        Two random directions.
+    tolerance
+        What the user allows, if anything.
+    """
+
+    problem: Problem
+    value: Tensor
+    evidence: Evidence
+    random: bool
+    v: Leaves
+    u: Leaves
+    tolerance: float | None
+
+    @property
+    def rtol(self) -> float:
+        """What exact answers may differ by."""
+        return self.tolerance or self.evidence.eps**0.5
+
+    @property
+    def by_differences(self) -> float:
+        """What differences may be off by: the cube root of the unit roundoff, where `rtol` is its square root."""
+        return float(self.rtol ** (2 / 3))
+
+    @cached_property
+    def double(self) -> Problem | None:
+        """The problem in double precision, if it can be had and is not in it already."""
+        if self.evidence.eps < _FINE:
+            return None
+        try:
+            double = self.problem.in_double()
+            value = double.value(double.leaves)
+        except Exception:  # whatever the loss does not like
+            return None
+        return double if value.dtype == torch.float64 and finite((value,)) else None
+
+    def decide(self, trial: Trial) -> Decision:
+        """Compare; where that goes wrong or stays undecided in a coarse dtype, in double precision."""
+        problem, eps = self.problem, self.evidence.eps
+        here = Decision(
+            trial(problem, eps, self.by_differences), problem, eps, self.by_differences, False
+        )
+        if here.comparison.verdict == "agrees" or eps < _FINE:
+            return here
+        if self.double is not None:
+            fine = torch.finfo(torch.float64).eps
+            rtol = self.tolerance ** (2 / 3) if self.tolerance else fine ** (1 / 3)
+            try:
+                return Decision(trial(self.double, fine, rtol), self.double, fine, rtol, True)
+            except Exception:  # as above
+                pass
+        if here.comparison.verdict == "differs" and (eps > _ROUGH or self.evidence.kinks):
+            # Between the far points of a coarse difference, kinks look like curvature.
+            return Decision(here.comparison.undecided(), problem, eps, here.rtol, False)
+        return here
+
+    def like(self, problem: Problem, vector: Leaves) -> Leaves:
+        """Return a vector in the dtypes of a problem."""
+        return widened(vector) if problem is self.double else vector
+
+
+def places(problem: Problem, leaves: Leaves, bad: Callable[[Tensor], bool]) -> list[str]:
+    """Return where in the parameters the leaves are that something holds of."""
+    paths = tree.paths(problem.params)
+    return [path or "params" for path, leaf in zip(paths, leaves, strict=True) if bad(leaf)]
