@@ -56,24 +56,32 @@ def of_the_loss(error: BaseException) -> tuple[Cause, ...]:
     return ()
 
 
-def not_finite(places: Sequence[str], function: str) -> tuple[Cause, ...]:
-    """Return the causes of NaN and infinity; `places` have them on the way in, `function` made the first NaN."""
+def not_finite(
+    places: Sequence[str] = (), *, function: str = "", derivative_of: str = ""
+) -> tuple[Cause, ...]:
+    """Return the causes of NaN and infinity.
+
+    Parameters
+    ----------
+    places
+        Where the parameters and arguments have them already.
+    function, derivative_of
+        The function that made the first one out of finite numbers; the function whose derivative did.
+    """
     if places:
         return (
             Cause(
                 f"there is NaN or infinity in {_listed(places)}", "Look at where these come from."
             ),
         )
-    found = (
-        [
-            Cause(
-                f"the first NaN on the way back comes from the derivative of {function}",
-                "Keep its argument away from where its derivative is infinite: add a small number inside, or clamp it.",
-            )
-        ]
-        if function
-        else []
-    )
+    mend = "Keep its argument away from there: add a small number inside, or clamp it."
+    if function:
+        what = f"{function} is the first function to return NaN or infinity"
+        return (Cause(what, mend),)
+    found = []
+    if derivative_of:
+        what = f"the derivative of {derivative_of} is the first to be NaN on the way back"
+        found.append(Cause(what, mend))
     return (
         *found,
         Cause(
@@ -247,7 +255,7 @@ def of_product(
                 "Make parameters and data .double() for this product.",
             ),
         )
-    if jumps:
+    if jumps and gradient_right:
         return (_at_kink(evidence),)
     if not gradient_right:
         return (Cause("the gradient itself is not right, see above", "Mend the gradient first."),)
@@ -294,8 +302,22 @@ def undecided(evidence: Evidence, *, double: bool) -> tuple[Cause, ...]:
     )
 
 
-def all_modes_refuse(evidence: Evidence) -> tuple[Cause, ...]:
-    """Return the causes of a loss without exact products."""
+def all_modes_refuse(evidence: Evidence, reasons: Sequence[str]) -> tuple[Cause, ...]:
+    """Return the causes of a loss without exact products; `reasons` are what torch says."""
+    if any("saved tensor hooks" in reason for reason in reasons):
+        return (
+            Cause(
+                "activation checkpointing, or another use of saved tensor hooks, which torch.func does not know",
+                "Evaluate without it. The closures of secorder_func.compat take checkpoints with use_reentrant=False.",
+            ),
+        )
+    if any("data pointer" in reason for reason in reasons):
+        return (
+            Cause(
+                "the loss hands a tensor to NumPy or to an extension, which torch.func cannot look into",
+                "Do that part before, and pass its result as an argument.",
+            ),
+        )
     if evidence.customs:
         return (
             Cause(

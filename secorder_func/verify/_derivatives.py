@@ -26,6 +26,7 @@ __all__ = [
     "finite_products",
     "first_order",
     "products_by_mode",
+    "right",
     "second_order",
     "symmetry",
 ]
@@ -48,7 +49,7 @@ def finite_gradient(problem: Problem) -> tuple[Check, Leaves | None]:
         return Check(name, True, f"finite, of norm {size(gradient):.3g}", means), gradient
     at = places(problem, gradient, _not_finite)
     finding = f"not finite at {', '.join(at)}"
-    cause = causes.not_finite((), _first_nan(problem, None))
+    cause = causes.not_finite(derivative_of=_first_nan(problem, None))
     return Check(name, False, finding, means, causes=cause), None
 
 
@@ -131,16 +132,21 @@ def products_by_mode(setting: Setting) -> tuple[Check, dict[Mode, Leaves]]:
     """Multiply the Hessian with `v` by every exact mode that can."""
     name, means = "exact modes", "At least one exact mode can differentiate the loss twice."
     products: dict[Mode, Leaves] = {}
-    refused: list[str] = []
+    refused: dict[str, list[str]] = {}
     for mode in EXACT_MODES:
         try:
             products[mode] = setting.problem.product(mode, setting.v)
         except Exception as error:  # noqa: PERF203
-            refused.append(f"{mode} is not possible here: {first_line(error)}")
-    finding = "\n".join([*([", ".join(products)] if products else []), *refused])
+            refused.setdefault(first_line(error), []).append(mode)
+    finding = "\n".join(
+        [
+            *([" and ".join(products)] if products else []),
+            *(f"not {', not '.join(modes)}: {reason}" for reason, modes in refused.items()),
+        ]
+    )
     if products:
         return Check(name, True, finding, means), products
-    cause = causes.all_modes_refuse(setting.evidence)
+    cause = causes.all_modes_refuse(setting.evidence, list(refused))
     return Check(name, False, finding, means, causes=cause), products
 
 
@@ -151,20 +157,18 @@ def finite_products(setting: Setting, products: dict[Mode, Leaves]) -> Check:
         if not finite(product):
             at = places(setting.problem, product, _not_finite)
             finding = f"H v by {mode} is not finite at {', '.join(at)}"
-            cause = causes.not_finite((), _first_nan(setting.problem, setting.v))
+            cause = causes.not_finite(derivative_of=_first_nan(setting.problem, setting.v))
             return Check(name, False, finding, means, causes=cause)
     first = next(iter(products.values()))
     return Check(name, True, f"H v is finite, of norm {size(first):.3g}", means)
 
 
-def agreement(setting: Setting, gradient: Leaves, products: dict[Mode, Leaves]) -> Check | None:
-    """Compare the modes with each other."""
+def agreement(setting: Setting, gradient: Leaves, products: dict[Mode, Leaves]) -> Check:
+    """Compare several modes with each other."""
     name, means = "agreement of modes", "All exact modes give the same product."
-    if len(products) < 2:
-        return None
     error = _largest_difference(products, _FLOOR * setting.evidence.eps * size(gradient))
     if error <= setting.rtol:
-        finding = f"{_number(len(products))} modes differ by {_shown(error)}"
+        finding = f"{_number(len(products))} modes {_apart(error, setting.rtol)}"
         return Check(name, True, finding, means, error, setting.rtol)
     if setting.double is not None:
         v = setting.like(setting.double, setting.v)
@@ -176,8 +180,8 @@ def agreement(setting: Setting, gradient: Leaves, products: dict[Mode, Leaves]) 
         if rest <= torch.finfo(torch.float64).eps ** 0.5:
             finding = f"modes differ by {error:.0e}, which is rounding: in float64 they differ by {_shown(rest)}"
             return Check(name, None, finding, means, error, setting.rtol)
-    cause = causes.modes_differ(setting.evidence, _right(setting, products))
-    finding = f"{', '.join(products)} differ by {error:.2g} of H v"
+    cause = causes.modes_differ(setting.evidence, right(setting, products))
+    finding = f"{' and '.join(products)} {_apart(error, setting.rtol)}"
     return Check(name, False, finding, means, error, setting.rtol, cause)
 
 
@@ -191,7 +195,7 @@ def _largest_difference(products: dict[Mode, Leaves], floor: float) -> float:
     return largest
 
 
-def _right(setting: Setting, products: dict[Mode, Leaves]) -> list[str]:
+def right(setting: Setting, products: dict[Mode, Leaves]) -> list[Mode]:
     """Return the modes that differences of the gradient agree with."""
     problem = setting.problem
     return [
@@ -225,9 +229,11 @@ def symmetry(setting: Setting, gradient: Leaves, mode: Mode, product: Leaves) ->
     floor = _FLOOR * setting.evidence.eps * size(gradient) * size(u)
     error_ = abs(left - right) / scale if abs(left - right) > floor else 0.0
     if error_ <= setting.rtol:
-        finding = f"u·Hv and v·Hu differ by {_shown(error_)} of |u| |Hv|"
+        finding = (
+            f"u·Hv and v·Hu differ by {_shown(error_)} of |u| |Hv|, {setting.rtol:.0e} allowed"
+        )
         return Check(name, True, finding, means, error_, setting.rtol)
-    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} differ by {error_:.2g} of |u| |Hv|"
+    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} differ by {error_:.2g} of |u| |Hv|, {setting.rtol:.0e} allowed"
     cause = causes.asymmetric(setting.evidence)
     return Check(name, False, finding, means, error_, setting.rtol, cause)
 
@@ -252,7 +258,7 @@ def second_order(setting: Setting, mode: Mode, product: Leaves, *, gradient_righ
         cause = causes.of_product(
             setting.evidence, jumps=False, precision=True, gradient_right=gradient_right
         )
-        finding = f"H v differs by {lost:.2g} from the same in float64, which agrees with {what}"
+        finding = f"off by {lost:.2g} from the same product in float64, which agrees with {what}"
         return Check(name, False, finding, means, lost, setting.by_differences, cause)
     cause = causes.of_product(
         setting.evidence,
@@ -279,9 +285,10 @@ def _lost_to_rounding(
 
 
 def _agreed(name: str, what: str, means: str, decision: Decision) -> Check:
-    error = decision.comparison.error
+    error, manner = decision.comparison.error, decision.comparison.manner
     where = ", both in float64" if decision.in_double else ""
-    finding = f"{what} differ by {_shown(error)}{where}"
+    how = manner or f"to {_shown(error)}, {decision.rtol:.0e} allowed"
+    finding = f"agrees with {what} {how}{where}"
     return Check(name, True, finding, means, error, decision.rtol)
 
 
@@ -289,7 +296,7 @@ def _undecided(name: str, what: str, means: str, decision: Decision, setting: Se
     comparison = decision.comparison
     finding = (
         f"{what} cannot decide: they scatter by {comparison.scatter:.0e}, "
-        f"and the best differs by {comparison.error:.0e}"
+        f"the best is off by {comparison.error:.0e}, {decision.rtol:.0e} allowed"
     )
     cause = causes.undecided(setting.evidence, double=setting.double is not None)
     return Check(name, None, finding, means, comparison.error, decision.rtol, cause)
@@ -298,12 +305,16 @@ def _undecided(name: str, what: str, means: str, decision: Decision, setting: Se
 def _off(name: str, what: str, means: str, decision: Decision, cause: tuple[Cause, ...]) -> Check:
     comparison = decision.comparison
     how = (
-        "grow without bound as their step shrinks"
+        f"{what} grow without bound as their step shrinks"
         if comparison.verdict == "jumps"
-        else f"settle (to {_shown(comparison.scatter)}) on another value, off by {comparison.error:.2g}"
+        else f"{what} settle on another value, off by {comparison.error:.2g}, {decision.rtol:.0e} allowed"
     )
     where = " in float64 too" if decision.in_double else ""
-    return Check(name, False, f"{what} {how}{where}", means, comparison.error, decision.rtol, cause)
+    return Check(name, False, f"{how}{where}", means, comparison.error, decision.rtol, cause)
+
+
+def _apart(error: float, rtol: float) -> str:
+    return f"differ by {_shown(error)}, {rtol:.0e} allowed"
 
 
 def _shown(error: float) -> str:

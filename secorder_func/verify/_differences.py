@@ -22,6 +22,7 @@ _MORE = (16.0, 4.0, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10, 2.0**-12)
 _SETTLED = (
     0.1  # differences that differ by so little, relative to the error, have found another value
 )
+_FINE = 1e-10  # unit roundoffs below leave room to shrink a step
 _JUMP = 1e3  # in multiples of rounding
 
 
@@ -38,11 +39,14 @@ class Comparison:
         The relative difference at the best step.
     scatter
         By how much the differences differ among themselves, relative to the derivative.
+    manner
+        Of an agreement: `""` to the tolerance, `"to rounding"`, `"in the limit"` of short steps.
     """
 
     verdict: Verdict
     error: float
     scatter: float
+    manner: Literal["", "to rounding", "in the limit"] = ""
 
     def undecided(self) -> Comparison:
         """Return the same comparison without a verdict."""
@@ -91,24 +95,15 @@ def compare(
         tried = [_difference(function, point, direction, derivative, unit * m) for m in multiples]
         return [difference for difference in tried if difference is not None]
 
-    def agrees(difference: _At, noise: float) -> bool:
-        scale, rounding = max(exact, difference.size), noise / difference.step
-        if difference.error <= rtol * scale:
-            return True
-        # Rounding that could hide a wrong derivative decides nothing, unless there is nothing to hide.
-        telling = exact == 0 or rounding <= 0.1 * scale or eps < 1e-10
-        return telling and difference.error <= rounding and difference.step >= min(_FIRST) * unit
-
     found = at(_FIRST)
     noise = 4 * eps * here
-    if len(found) == len(_FIRST) and any(agrees(difference, noise) for difference in found):
-        return _conclusion("agrees", found, exact)
-    found += at(_MORE)
-    found.sort(key=lambda difference: -difference.step)
-    if any(agrees(difference, noise) for difference in found):
-        return _conclusion("agrees", found, exact)
+    if len(found) == len(_FIRST) and (agrees := _agreement(found, exact, noise, rtol, unit, eps)):
+        return agrees
+    found = sorted(found + at(_MORE), key=lambda difference: -difference.step)
     if len(found) < 4:
         return Comparison("undecided", float("inf"), float("inf"))
+    if agrees := _agreement(found, exact, noise, rtol, unit, eps) or _limit(found, rtol, eps):
+        return agrees
     noise = max(noise, _noise(function, point, direction, unit))
     if _settled(found, noise):
         return _conclusion("differs", found, exact)
@@ -156,6 +151,32 @@ def _noise(
     return size(bend)
 
 
+def _agreement(
+    found: list[_At], exact: float, noise: float, rtol: float, unit: float, eps: float
+) -> Comparison | None:
+    """Return an agreement to the tolerance, or to rounding, if there is one."""
+    best = _conclusion("agrees", found, exact)
+    if best.error <= rtol:
+        return best
+    for difference in found:
+        scale, rounding = max(exact, difference.size), noise / difference.step
+        # Rounding that could hide a wrong derivative decides nothing, unless there is nothing to hide.
+        telling = exact == 0 or rounding <= 0.1 * scale or eps < _FINE
+        if telling and difference.error <= rounding and difference.step >= min(_FIRST) * unit:
+            return replace(best, manner="to rounding")
+    return None
+
+
+def _limit(found: list[_At], rtol: float, eps: float) -> Comparison | None:
+    """Return an agreement in the limit: an error that all but vanishes beside the differences at longer steps."""
+    longest = 0.0
+    for difference in found if eps < _FINE else []:
+        longest = max(longest, difference.size)
+        if difference.error <= rtol * longest:
+            return Comparison("agrees", difference.error / longest, rtol, "in the limit")
+    return None
+
+
 def _settled(found: list[_At], noise: float) -> bool:
     """Say whether three differences in a row agree on a value that is not the derivative."""
     gaps = [_distance(a.value, b.value) for a, b in pairwise(found)]
@@ -175,11 +196,12 @@ def _grows(found: list[_At], noise: float) -> bool:
 
 
 def _conclusion(verdict: Verdict, found: list[_At], exact: float) -> Comparison:
-    best = min(found, key=lambda difference: difference.error)
-    scale = max(exact, best.size) or 1.0
-    others = [d for d in found if d is not best]
-    scatter = min(_distance(d.value, best.value) for d in others)
-    return Comparison(verdict, best.error / scale, scatter / scale)
+    def relative(difference: _At) -> float:
+        return difference.error / (max(exact, difference.size) or 1.0)
+
+    best = min(found, key=relative)
+    scatter = min(_distance(d.value, best.value) for d in found if d is not best)
+    return Comparison(verdict, relative(best), scatter / (max(exact, best.size) or 1.0))
 
 
 def finite(leaves: Leaves) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,5 +152,5 @@ def _place(error: BaseException) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file: Any = Path(frame.filename)
         if _OURS not in file.parents and _TORCH not in file.parents and file.suffix == ".py":
-            return f"raised in {frame.name}, {file.name} line {frame.lineno}: {frame.line}"
+            return f"in {frame.name}, {file.name} line {frame.lineno}: {textwrap.shorten(frame.line or '', 90)}"
     return ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["HoldingNothing", "InDouble", "Watch", "wider"]
+__all__ = ["FirstNotFinite", "HoldingNothing", "InDouble", "Watch", "wider"]
 
 _TENSOR: Any = torch.Tensor
 _GET_DATA = _TENSOR.data.__get__
@@ -65,6 +65,22 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
             self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
+class FirstNotFinite(TorchFunctionMode):
+    """Notes the first function that returns NaN or infinity; it looks at every number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = ""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.function and isinstance(result, Tensor) and not torch.isfinite(result).all():
+            self.function = getattr(func, "__name__", str(func))
         return result
 
 

@@ -11,6 +11,7 @@ from secorder_func.errors import VerificationError
 __all__ = ["Cause", "Check", "Verification"]
 
 _WIDTH = 100
+_INDENT = " " * 10
 _VERDICTS = {True: "ok", False: "FAILED", None: "note"}
 
 
@@ -93,11 +94,11 @@ class Verification:
     def raise_if_failed(self) -> None:
         """Raise `VerificationError` with the report as its message, unless all is well."""
         if not self.ok:
-            raise VerificationError(f"verify: {self}")
+            raise VerificationError(str(self))
 
     def __str__(self) -> str:
         column = max((len(check.name) for check in self.checks), default=0)
-        lines = [_headline(self)]
+        lines = [_headline(self), ""]
         for check in self.checks:
             lines += _lines(check, column)
         return "\n".join(lines)
@@ -105,25 +106,21 @@ class Verification:
 
 def _headline(result: Verification) -> str:
     passed = sum(check.passed is True for check in result.checks)
+    undecided = sum(check.passed is None and check.measured is not None for check in result.checks)
     if result.ok:
-        return f"all is well, {passed} checks passed"
+        open_ones = f", {undecided} could not decide" if undecided else ""
+        return f"All is well: {passed} checks passed{open_ones}."
     names = ", ".join(check.name for check in result.failed)
-    return f"{len(result.failed)} of {passed + len(result.failed)} checks failed: {names}"
+    return f"{len(result.failed)} of {passed + len(result.failed)} checks failed: {names}."
 
 
 def _lines(check: Check, column: int) -> Iterator[str]:
-    head = f"  {_VERDICTS[check.passed]:<8}{check.name:<{column}}  "
-    finding = check.finding
-    if check.tolerance is not None and check.measured is not None:
-        finding += f" ({check.tolerance:.0e} allowed)"
-    yield from _wrapped(finding, head)
-    if check.passed is False or check.causes:
-        indent = " " * len(head)
-        if check.passed is False:
-            yield from _wrapped(check.means, f"{indent}it should mean  ")
-        for cause in check.causes:
-            yield from _wrapped(cause.what, f"{indent}cause  ")
-            yield from _wrapped(cause.mend, f"{indent}mend   ")
+    yield from _wrapped(check.finding, f"  {_VERDICTS[check.passed]:<8}{check.name:<{column}}  ")
+    if check.passed is False:
+        yield from _wrapped(check.means, f"{_INDENT}expected  ")
+    for cause in check.causes:
+        yield from _wrapped(cause.what, f"{_INDENT}cause     ")
+        yield from _wrapped(cause.mend, f"{_INDENT}mend      ")
 
 
 def _wrapped(text: str, head: str) -> Iterator[str]:
@@ -132,7 +129,7 @@ def _wrapped(text: str, head: str) -> Iterator[str]:
     for number, line in enumerate(text.splitlines() or [""]):
         yield from textwrap.wrap(
             line,
-            max(_WIDTH, len(head) + 40),
+            _WIDTH,
             initial_indent=blanks if number else head,
             subsequent_indent=blanks,
             break_long_words=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from secorder_func.transforms.loss import Leaves
 from secorder_func.verify import _causes as causes
 from secorder_func.verify import _reach as reach
 from secorder_func.verify._evidence import Evidence, evidence, quoted
-from secorder_func.verify._lenses import Watch
+from secorder_func.verify._lenses import FirstNotFinite, Watch
 from secorder_func.verify._problem import Problem
 from secorder_func.verify._result import Check
 
@@ -88,11 +89,18 @@ def finite_number(problem: Problem) -> tuple[Check, Tensor | None, Evidence | No
         return Check(name, False, quoted(error), means, causes=cause), None, None
     if not bool(torch.isfinite(value)):
         finding = f"the loss is {float(value)}"
-        cause = causes.not_finite(_not_finite_in(problem), "")
+        cause = causes.not_finite(_not_finite_in(problem), function=_first_not_finite(problem))
         return Check(name, False, finding, means, causes=cause), None, None
     dtype = str(value.dtype).removeprefix("torch.")
     finding = f"{float(value):.6g}, one finite {dtype} number"
     return Check(name, True, finding, means), value.detach(), evidence(value, leaves, watch)
+
+
+def _first_not_finite(problem: Problem) -> str:
+    seen = FirstNotFinite()
+    with suppress(Exception):
+        problem.looked_at(lambda: seen).value(problem.leaves)
+    return seen.function
 
 
 def _not_finite_in(problem: Problem) -> list[str]:

@@ -192,13 +192,15 @@ def _of_derivatives(setting: Setting) -> Iterator[Check]:
         check = derivatives.finite_products(setting, products)
         yield check
     if products and check.passed:
-        agreement = derivatives.agreement(setting, gradient, products)
-        if agreement is not None:
-            yield agreement
-        mode, product = next(iter(products.items()))
-        yield derivatives.symmetry(setting, gradient, mode, product)
+        mode = next(iter(products))
+        if len(products) > 1:
+            check = derivatives.agreement(setting, gradient, products)
+            yield check
+            if check.passed is False:
+                mode = next(iter(derivatives.right(setting, products)), mode)
+        yield derivatives.symmetry(setting, gradient, mode, products[mode])
         right = first_order.passed is not False
-        yield derivatives.second_order(setting, mode, product, gradient_right=right)
+        yield derivatives.second_order(setting, mode, products[mode], gradient_right=right)
     yield values.dependence(problem, found, gradient, list(products.values()))
 
 
