@@ -13,7 +13,7 @@ from secorder_func import tree
 from secorder_func.transforms.loss import Leaves
 from secorder_func.typing import Mode
 from secorder_func.verify import _causes as causes
-from secorder_func.verify._differences import Comparison, compare, finite, size
+from secorder_func.verify._differences import Comparison, Precision, compare, finite, size
 from secorder_func.verify._evidence import first_line, quoted
 from secorder_func.verify._problem import Problem
 from secorder_func.verify._result import Cause, Check
@@ -58,7 +58,7 @@ def first_order(setting: Setting, gradient: Leaves) -> Check:
     name, means = "gradient by differences", "The gradient is the derivative of the loss."
     direction = _direction(setting, gradient)
 
-    def trial(problem: Problem, eps: float, rtol: float) -> Comparison:
+    def trial(problem: Problem, precision: Precision) -> Comparison:
         along = setting.like(problem, direction)
         slope = tree.dot(along, problem.gradient(problem.leaves))
         return compare(
@@ -66,15 +66,14 @@ def first_order(setting: Setting, gradient: Leaves) -> Check:
             problem.leaves,
             along,
             (slope,),
-            eps=eps,
-            rtol=rtol,
+            precision=precision,
         )
 
     decision = setting.decide(trial)
     comparison = decision.comparison
     what = "differences of the loss"
     if comparison.verdict == "agrees":
-        return _agreed(name, what, means, decision)
+        return _agreed(name, what, means, decision, setting)
     if comparison.verdict == "undecided":
         return _undecided(name, what, means, decision, setting)
     cause = causes.of_gradient(
@@ -83,7 +82,7 @@ def first_order(setting: Setting, gradient: Leaves) -> Check:
         kink=_gradient_jumps(setting, decision, direction),
         freed=_freed(setting, decision, direction),
     )
-    return _off(name, what, means, decision, cause)
+    return _off(name, what, means, decision, setting, cause)
 
 
 def _direction(setting: Setting, gradient: Leaves) -> Leaves:
@@ -98,9 +97,7 @@ def _gradient_jumps(setting: Setting, decision: Decision, direction: Leaves) -> 
     along = setting.like(decision.problem, direction)
     zero = tuple(torch.zeros_like(leaf) for leaf in along)
     problem = decision.problem
-    found = compare(
-        problem.gradient, problem.leaves, along, zero, eps=decision.eps, rtol=decision.rtol
-    )
+    found = compare(problem.gradient, problem.leaves, along, zero, precision=decision.precision)
     return found.verdict == "jumps"
 
 
@@ -117,8 +114,7 @@ def _freed(setting: Setting, decision: Decision, direction: Leaves) -> bool:
             problem.leaves,
             along,
             (slope,),
-            eps=decision.eps,
-            rtol=decision.rtol,
+            precision=decision.precision,
         )
     except Exception:  # something in the loss lives on what it holds constant
         return False
@@ -206,8 +202,7 @@ def right(setting: Setting, products: dict[Mode, Leaves]) -> list[Mode]:
             problem.leaves,
             setting.v,
             product,
-            eps=setting.evidence.eps,
-            rtol=setting.by_differences,
+            precision=Precision(setting.evidence.eps, setting.by_differences),
         ).verdict
         == "agrees"
     ]
@@ -229,11 +224,9 @@ def symmetry(setting: Setting, gradient: Leaves, mode: Mode, product: Leaves) ->
     floor = _FLOOR * setting.evidence.eps * size(gradient) * size(u)
     error_ = abs(left - right) / scale if abs(left - right) > floor else 0.0
     if error_ <= setting.rtol:
-        finding = (
-            f"u·Hv and v·Hu differ by {_shown(error_)} of |u| |Hv|, {setting.rtol:.0e} allowed"
-        )
+        finding = f"u·Hv and v·Hu differ by {_shown(error_)} of |u||Hv|, {setting.rtol:.0e} allowed"
         return Check(name, True, finding, means, error_, setting.rtol)
-    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} differ by {error_:.2g} of |u| |Hv|, {setting.rtol:.0e} allowed"
+    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} differ by {_shown(error_)} of |u||Hv|, {setting.rtol:.0e} allowed"
     cause = causes.asymmetric(setting.evidence)
     return Check(name, False, finding, means, error_, setting.rtol, cause)
 
@@ -242,10 +235,10 @@ def second_order(setting: Setting, mode: Mode, product: Leaves, *, gradient_righ
     """Compare a product with differences of the gradient."""
     name, means = "product by differences", "H v is the derivative of the gradient along v."
 
-    def trial(problem: Problem, eps: float, rtol: float) -> Comparison:
+    def trial(problem: Problem, precision: Precision) -> Comparison:
         v = setting.like(problem, setting.v)
         exact = product if problem is setting.problem else problem.product(mode, v)
-        return compare(problem.gradient, problem.leaves, v, exact, eps=eps, rtol=rtol)
+        return compare(problem.gradient, problem.leaves, v, exact, precision=precision)
 
     decision = setting.decide(trial)
     what = "differences of the gradient"
@@ -254,7 +247,7 @@ def second_order(setting: Setting, mode: Mode, product: Leaves, *, gradient_righ
     if decision.comparison.verdict == "agrees":
         lost = _lost_to_rounding(setting, decision, mode, product)
         if lost is None:
-            return _agreed(name, what, means, decision)
+            return _agreed(name, what, means, decision, setting)
         cause = causes.of_product(
             setting.evidence, jumps=False, precision=True, gradient_right=gradient_right
         )
@@ -266,14 +259,14 @@ def second_order(setting: Setting, mode: Mode, product: Leaves, *, gradient_righ
         precision=False,
         gradient_right=gradient_right,
     )
-    return _off(name, what, means, decision, cause)
+    return _off(name, what, means, decision, setting, cause)
 
 
 def _lost_to_rounding(
     setting: Setting, decision: Decision, mode: Mode, product: Leaves
 ) -> float | None:
     """Return the error of a product in a coarse dtype, if it is more than a difference may be off."""
-    if not decision.in_double or setting.random:
+    if decision.problem is not setting.double or setting.random:
         return None
     v = setting.like(decision.problem, setting.v)
     exact = decision.problem.product(mode, v)
@@ -284,33 +277,34 @@ def _lost_to_rounding(
 # ---------------------------------------------------------------------------------------- words
 
 
-def _agreed(name: str, what: str, means: str, decision: Decision) -> Check:
+def _agreed(name: str, what: str, means: str, decision: Decision, setting: Setting) -> Check:
     error, manner = decision.comparison.error, decision.comparison.manner
-    where = ", both in float64" if decision.in_double else ""
-    how = manner or f"to {_shown(error)}, {decision.rtol:.0e} allowed"
+    where = ", both in float64" if (decision.problem is setting.double) else ""
+    how = manner or f"to {_shown(error)}, {decision.precision.rtol:.0e} allowed"
     finding = f"agrees with {what} {how}{where}"
-    return Check(name, True, finding, means, error, decision.rtol)
+    return Check(name, True, finding, means, error, decision.precision.rtol)
 
 
 def _undecided(name: str, what: str, means: str, decision: Decision, setting: Setting) -> Check:
     comparison = decision.comparison
     finding = (
         f"{what} cannot decide: they scatter by {comparison.scatter:.0e}, "
-        f"the best is off by {comparison.error:.0e}, {decision.rtol:.0e} allowed"
+        f"the best is off by {comparison.error:.0e}, {decision.precision.rtol:.0e} allowed"
     )
     cause = causes.undecided(setting.evidence, double=setting.double is not None)
-    return Check(name, None, finding, means, comparison.error, decision.rtol, cause)
+    return Check(name, None, finding, means, comparison.error, decision.precision.rtol, cause)
 
 
-def _off(name: str, what: str, means: str, decision: Decision, cause: tuple[Cause, ...]) -> Check:
+def _off(
+    name: str, what: str, means: str, decision: Decision, setting: Setting, cause: tuple[Cause, ...]
+) -> Check:
     comparison = decision.comparison
-    how = (
-        f"{what} grow without bound as their step shrinks"
-        if comparison.verdict == "jumps"
-        else f"{what} settle on another value, off by {comparison.error:.2g}, {decision.rtol:.0e} allowed"
-    )
-    where = " in float64 too" if decision.in_double else ""
-    return Check(name, False, f"{how}{where}", means, comparison.error, decision.rtol, cause)
+    where = "in float64 too, " if decision.problem is setting.double else ""
+    finding = f"{where}{what} grow without bound as their step shrinks"
+    if comparison.verdict == "differs":
+        off = f"off by {_shown(comparison.error)}, {decision.precision.rtol:.0e} allowed"
+        finding = f"{where}{what} settle on another value, {off}"
+    return Check(name, False, finding, means, comparison.error, decision.precision.rtol, cause)
 
 
 def _apart(error: float, rtol: float) -> str:
@@ -318,7 +312,9 @@ def _apart(error: float, rtol: float) -> str:
 
 
 def _shown(error: float) -> str:
-    return f"{error:.0e}" if error >= 1e-16 else "less than 1e-16"
+    if error < 1e-16:
+        return "< 1e-16"
+    return f"{error:.0e}" if error < 1e-3 else f"{error:.2g}"
 
 
 def _number(count: int) -> str:

@@ -13,7 +13,7 @@ from secorder_func import tree
 from secorder_func.transforms.finite_difference import base_step
 from secorder_func.transforms.loss import Leaves
 
-__all__ = ["Comparison", "Verdict", "compare", "finite", "size"]
+__all__ = ["Comparison", "Precision", "Verdict", "compare", "finite", "size"]
 
 Verdict: TypeAlias = Literal["agrees", "differs", "jumps", "undecided"]
 
@@ -53,6 +53,28 @@ class Comparison:
         return replace(self, verdict="undecided")
 
 
+_NOTHING = Comparison("undecided", float("inf"), float("inf"))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How finely is computed and compared.
+
+    Attributes
+    ----------
+    eps
+        The unit roundoff of the evaluations.
+    rtol
+        The relative difference that is allowed.
+    patient
+        Whether to go on with more steps where the first ones do not agree.
+    """
+
+    eps: float
+    rtol: float
+    patient: bool = True
+
+
 @dataclass(frozen=True)
 class _At:
     """The difference at one step: the step, the value, its size, its distance from the derivative."""
@@ -69,8 +91,7 @@ def compare(
     direction: Leaves,
     derivative: Leaves,
     *,
-    eps: float,
-    rtol: float,
+    precision: Precision,
 ) -> Comparison:
     """Compare the derivative of `function` along `direction` with central differences.
 
@@ -82,11 +103,10 @@ def compare(
         Where, and along what.
     derivative
         What is to be checked, like what `function` returns.
-    eps
-        The unit roundoff in which `function` is computed.
-    rtol
-        The relative difference that is allowed.
+    precision
+        Of the evaluations and of the comparison.
     """
+    eps, rtol = precision.eps, precision.rtol
     here = size(function(point))
     exact = size(derivative)
     unit = float(base_step(point, direction))
@@ -99,9 +119,11 @@ def compare(
     noise = 4 * eps * here
     if len(found) == len(_FIRST) and (agrees := _agreement(found, exact, noise, rtol, unit, eps)):
         return agrees
+    if not precision.patient:
+        return _conclusion("undecided", found, exact) if len(found) > 1 else _NOTHING
     found = sorted(found + at(_MORE), key=lambda difference: -difference.step)
     if len(found) < 4:
-        return Comparison("undecided", float("inf"), float("inf"))
+        return _NOTHING
     if agrees := _agreement(found, exact, noise, rtol, unit, eps) or _limit(found, rtol, eps):
         return agrees
     noise = max(noise, _noise(function, point, direction, unit))

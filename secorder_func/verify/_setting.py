@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -12,14 +13,13 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.transforms.loss import Leaves
-from secorder_func.verify._differences import Comparison, finite
+from secorder_func.verify._differences import Comparison, Precision, finite
 from secorder_func.verify._evidence import Evidence
 from secorder_func.verify._problem import Problem, widened
 
 __all__ = ["Decision", "Setting", "places"]
 
-Trial: TypeAlias = Callable[[Problem, float, float], Comparison]
-"""Problem, unit roundoff, tolerance -> comparison."""
+Trial: TypeAlias = Callable[[Problem, Precision], Comparison]
 
 _FINE = 1e-10  # unit roundoffs below need no finer dtype to decide
 _ROUGH = 1e-3  # and those above decide nothing against a derivative
@@ -31,9 +31,7 @@ class Decision:
 
     comparison: Comparison
     problem: Problem
-    eps: float
-    rtol: float
-    in_double: bool
+    precision: Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,24 +81,23 @@ class Setting:
         return double if value.dtype == torch.float64 and finite((value,)) else None
 
     def decide(self, trial: Trial) -> Decision:
-        """Compare; where that goes wrong or stays undecided in a coarse dtype, in double precision."""
-        problem, eps = self.problem, self.evidence.eps
-        here = Decision(
-            trial(problem, eps, self.by_differences), problem, eps, self.by_differences, False
-        )
-        if here.comparison.verdict == "agrees" or eps < _FINE:
-            return here
-        if self.double is not None:
+        """Compare; where that does not agree in a coarse dtype, in double precision."""
+        here = Precision(self.evidence.eps, self.by_differences, patient=self.double is None)
+        comparison = trial(self.problem, here)
+        if self.double is not None and comparison.verdict != "agrees":
             fine = torch.finfo(torch.float64).eps
-            rtol = self.tolerance ** (2 / 3) if self.tolerance else fine ** (1 / 3)
-            try:
-                return Decision(trial(self.double, fine, rtol), self.double, fine, rtol, True)
-            except Exception:  # as above
-                pass
-        if here.comparison.verdict == "differs" and (eps > _ROUGH or self.evidence.kinks):
+            allowed = fine ** (1 / 3) if self.tolerance is None else self.by_differences
+            there = Precision(fine, allowed)
+            with suppress(Exception):  # as above
+                return Decision(trial(self.double, there), self.double, there)
+            here = replace(here, patient=True)
+            comparison = trial(self.problem, here)
+        if comparison.verdict == "differs" and (
+            here.eps > _ROUGH or (here.eps > _FINE and self.evidence.kinks)
+        ):
             # Between the far points of a coarse difference, kinks look like curvature.
-            return Decision(here.comparison.undecided(), problem, eps, here.rtol, False)
-        return here
+            comparison = comparison.undecided()
+        return Decision(comparison, self.problem, here)
 
     def like(self, problem: Problem, vector: Leaves) -> Leaves:
         """Return a vector in the dtypes of a problem."""

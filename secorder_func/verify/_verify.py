@@ -93,11 +93,15 @@ def verify(
     >>> result.ok
     True
     >>> result["symmetry"].finding
-    'u·Hv and v·Hu differ by less than 1e-16 of |u| |Hv|'
+    'u·Hv and v·Hu differ by < 1e-16 of |u||Hv|, 1e-08 allowed'
     >>> print(verify(lambda p: p.log().sum(), torch.tensor([1.0, -1.0])))
-    1 of 1 checks failed: loss
-      FAILED  loss         the loss is nan
-                           it should mean  The function returns one finite real number, as a tensor.
+    1 of 2 checks failed: loss.
+    <BLANKLINE>
+      FAILED  loss   the loss is nan
+              expected  The function returns one finite real number, as a tensor.
+              cause     log is the first function to return NaN or infinity
+              mend      Keep its argument away from there: add a small number inside, or clamp it.
+      ok      state  parameters and .grad are as they were
     """
     check_callable(f, WHERE)
     check_params(params, WHERE)
