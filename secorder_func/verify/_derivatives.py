@@ -217,18 +217,20 @@ def symmetry(setting: Setting, gradient: Leaves, mode: Mode, product: Leaves) ->
     u = tree.axpy(lean, product, setting.u)
     try:
         other = setting.problem.product(mode, u)
-    except Exception as error:
-        return Check(name, False, f"H u raises {quoted(error)}", means)
+    except Exception as raised:
+        return Check(name, False, f"H u raises {quoted(raised)}", means)
     left, right = float(tree.dot(u, product)), float(tree.dot(setting.v, other))
     scale = max(size(u) * norm, size(setting.v) * size(other))
     floor = _FLOOR * setting.evidence.eps * size(gradient) * size(u)
-    error_ = abs(left - right) / scale if abs(left - right) > floor else 0.0
-    if error_ <= setting.rtol:
-        finding = f"u·Hv and v·Hu differ by {_shown(error_)} of |u||Hv|, {setting.rtol:.0e} allowed"
-        return Check(name, True, finding, means, error_, setting.rtol)
-    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} differ by {_shown(error_)} of |u||Hv|, {setting.rtol:.0e} allowed"
+    apart = abs(left - right)
+    error = apart / scale if apart > floor else 0.0
+    compared = f"differ by {_shown(error)} of |u||Hv|, {setting.rtol:.0e} allowed"
+    if error <= setting.rtol:
+        finding = f"u·Hv and v·Hu {compared}"
+        return Check(name, True, finding, means, error, setting.rtol)
+    finding = f"u·Hv = {left:.6g} and v·Hu = {right:.6g} {compared}"
     cause = causes.asymmetric(setting.evidence)
-    return Check(name, False, finding, means, error_, setting.rtol, cause)
+    return Check(name, False, finding, means, error, setting.rtol, cause)
 
 
 def second_order(setting: Setting, mode: Mode, product: Leaves, *, gradient_right: bool) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -58,10 +58,10 @@ class Problem:
         self.start.restore()
         return self.flat.at(forward=False, higher=False)(at)[0]
 
-    def recorded(self, at: Leaves, lens: AbstractContextManager[Any]) -> tuple[Tensor, Leaves]:
+    def recorded(self, at: Leaves) -> tuple[Tensor, Leaves]:
         """Return the loss with its autograd history, and the leaves that the history ends in."""
         at = _variables(at)
-        with torch.enable_grad(), lens:
+        with torch.enable_grad():
             return self.value(at), at
 
     def gradient(self, at: Leaves) -> Leaves:
@@ -92,7 +92,7 @@ class Problem:
 
     def differentiated(self, v: Leaves | None) -> None:
         """Take the gradient, and with `v` a product, by plain autograd, for what torch says on the way."""
-        value, at = self.recorded(self.leaves, nullcontext())
+        value, at = self.recorded(self.leaves)
         gradient: Any = torch.autograd.grad(
             value, at, create_graph=v is not None, allow_unused=True
         )

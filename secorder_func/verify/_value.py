@@ -83,7 +83,7 @@ def finite_number(problem: Problem) -> tuple[Check, Tensor | None, Evidence | No
     name, means = "loss", "The function returns one finite real number, as a tensor."
     watch = Watch()
     try:
-        value, leaves = problem.recorded(problem.leaves, watch)
+        value, leaves = problem.looked_at(lambda: watch).recorded(problem.leaves)
     except Exception as error:
         cause = causes.of_the_loss(error)
         return Check(name, False, quoted(error), means, causes=cause), None, None

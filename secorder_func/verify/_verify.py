@@ -12,7 +12,6 @@ from secorder_func import tree
 from secorder_func.checks import check_callable, check_number, check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules.inference import out_of_inference_mode
-from secorder_func.rules.levels import differentiating_levels
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
 from secorder_func.typing import LossFn, Tree
@@ -125,7 +124,7 @@ def _check_rest(params: Tree, generator: Any, rtol: Any) -> None:
     if any(leaf.is_meta for leaf in tree.flatten(params)[0]):
         mend = "Give it parameters with numbers in them"
         raise ArgumentError(message(WHERE, "params are on the meta device", mend))
-    if differentiating_levels():
+    if torch._C._are_functorch_transforms_active():
         mend = "Call it outside"
         raise ArgumentError(message(WHERE, "it cannot run inside a transform", mend))
 
