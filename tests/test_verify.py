@@ -77,6 +77,17 @@ def test_a_wide_network_with_kinks_raises_no_alarm(dtype: torch.dtype) -> None:
     assert result["product by differences"].passed
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dropout_of_an_input_that_is_not_contiguous_raises_no_alarm(dtype: torch.dtype) -> None:
+    # From one state plain autograd and transforms draw different masks here.
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True, dtype=dtype)
+    f, params = functional_loss(layer, F.mse_loss)
+    x, y = torch.randn(2, 4, 5, 8, dtype=dtype).unbind()
+    result = verify(f, params, x, y)
+    assert result.ok, str(result)
+    assert result["product by differences"].passed
+
+
 def test_autocast_raises_no_alarm() -> None:
     w, x = torch.randn(20, 10), torch.randn(16, 20)
 

@@ -13,7 +13,7 @@ from secorder_func import tree
 from secorder_func.transforms.finite_difference import base_step
 from secorder_func.transforms.loss import Leaves
 
-__all__ = ["Comparison", "Precision", "Verdict", "compare", "finite", "size"]
+__all__ = ["NOTHING", "Comparison", "Precision", "Verdict", "compare", "finite", "size"]
 
 Verdict: TypeAlias = Literal["agrees", "differs", "jumps", "undecided"]
 
@@ -53,7 +53,7 @@ class Comparison:
         return replace(self, verdict="undecided")
 
 
-_NOTHING = Comparison("undecided", float("inf"), float("inf"))
+NOTHING = Comparison("undecided", float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def compare(
     if len(found) == len(_FIRST) and (agrees := _agreement(found, exact, noise, rtol, unit, eps)):
         return agrees
     if not precision.patient:
-        return _conclusion("undecided", found, exact) if len(found) > 1 else _NOTHING
+        return _conclusion("undecided", found, exact) if len(found) > 1 else NOTHING
     found = sorted(found + at(_MORE), key=lambda difference: -difference.step)
     if len(found) < 4:
-        return _NOTHING
+        return NOTHING
     if agrees := _agreement(found, exact, noise, rtol, unit, eps) or _limit(found, rtol, eps):
         return agrees
     noise = max(noise, _noise(function, point, direction, unit))

@@ -17,6 +17,7 @@ from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar, flat_loss
+from secorder_func.transforms.torch_func import grad
 from secorder_func.typing import LossFn, Mode, Tree
 from secorder_func.verify._lenses import HoldingNothing, InDouble, wider
 
@@ -81,6 +82,20 @@ class Problem:
 
         with torch.enable_grad():
             return evaluated(differentiate, forward=False, higher=False, protect=at)
+
+    def transformed_gradient(self, at: Leaves) -> Leaves:
+        """Return the gradient by torch.func, which products are made of.
+
+        From one state it may draw other random numbers than plain autograd: dropout fills the mask of an input that is
+        not contiguous in another order.
+        """
+        self.start.restore()
+        gradient: Leaves = grad(self.flat.at(forward=False, higher=False), has_aux=True)(at)[0]
+        return gradient
+
+    def gradients(self, *, random: bool) -> list[Callable[[Leaves], Leaves]]:
+        """Return the gradients of which a product may be the derivative; they differ only where numbers are drawn."""
+        return [self.gradient, self.transformed_gradient] if random else [self.gradient]
 
     def product(self, mode: Mode, vector: Leaves) -> Leaves:
         """Return the exact product `H v` by one mode."""

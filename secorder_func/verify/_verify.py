@@ -72,8 +72,9 @@ def verify(
 
     Notes
     -----
-    Costs about 20 gradients and the memory of one product and of a copy of parameters and buffers. Where a comparison
-    with differences goes wrong, further steps and evaluations in float64 look for the cause, up to about 200 gradients.
+    Costs about 25 gradients (17 evaluations of the loss and their derivatives), and the memory of one product and of a
+    copy of parameters and buffers. Where differences do not agree at once, up to 80 evaluations, some of them in
+    float64, look for the cause.
 
     Differences are taken at several steps, and one that disagrees counts against a derivative only where they settle;
     otherwise the check says that it could not decide. In float32 and below what looks wrong is compared again in
