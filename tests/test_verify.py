@@ -77,7 +77,7 @@ def test_a_wide_network_with_kinks_raises_no_alarm(dtype: torch.dtype) -> None:
     assert result["product by differences"].passed
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dropout_of_an_input_that_is_not_contiguous_raises_no_alarm(dtype: torch.dtype) -> None:
     # From one state plain autograd and transforms draw different masks here.
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True, dtype=dtype)

@@ -9,6 +9,8 @@ from secorder_func.verify._result import Cause
 
 __all__ = [
     "all_modes_refuse",
+    "asymmetric",
+    "listed",
     "modes_differ",
     "no_dependence",
     "not_finite",
@@ -71,7 +73,7 @@ def not_finite(
     if places:
         return (
             Cause(
-                f"there is NaN or infinity in {_listed(places)}", "Look at where these come from."
+                f"there is NaN or infinity in {listed(places)}", "Look at where these come from."
             ),
         )
     mend = "Keep its argument away from there: add a small number inside, or clamp it."
@@ -97,7 +99,7 @@ def no_dependence(evidence: Evidence) -> tuple[Cause, ...]:
     if evidence.holds or evidence.numbers:
         return (
             Cause(
-                f"{_listed([*evidence.holds, *evidence.numbers])} in the loss cuts it off from its parameters",
+                f"{listed([*evidence.holds, *evidence.numbers])} in the loss cuts it off from its parameters",
                 "Take that out.",
             ),
         )
@@ -118,7 +120,7 @@ def not_repeatable(
     if sources:
         return (
             Cause(
-                f"{_listed(sources)}: with its state put back the loss has the same value again",
+                f"{listed(sources)}: with its state put back the loss has the same value again",
                 "Draw by torch's global generator (torch.rand, dropout), which the library replays, or draw once, "
                 "outside of the loss, and pass the numbers as an argument.",
             ),
@@ -127,14 +129,14 @@ def not_repeatable(
     if iterators:
         found.append(
             Cause(
-                f"the loss reaches an iterator, {_listed(iterators)}, which gives something else at every call",
+                f"the loss reaches an iterator, {listed(iterators)}, which gives something else at every call",
                 "Take a batch once, outside of the loss, and pass it as an argument: f(params, x, y).",
             )
         )
     if changed:
         found.append(
             Cause(
-                f"between the evaluations {_listed(changed)}",
+                f"between the evaluations {listed(changed)}",
                 "Let the loss depend on its arguments alone, and pass such a value as one of them.",
             )
         )
@@ -155,7 +157,7 @@ def written_to(names: Sequence[str]) -> tuple[Cause, ...]:
     """Return the causes of changed tensors."""
     return (
         Cause(
-            f"the loss changed {_listed(names)} past torch (by NumPy, an extension, another thread); it was "
+            f"the loss changed {listed(names)} past torch (by NumPy, an extension, another thread); it was "
             "put back",
             "Let the loss write to copies, made inside of it.",
         ),
@@ -179,7 +181,7 @@ def of_gradient(evidence: Evidence, *, jumps: bool, kink: bool, freed: bool) -> 
     if freed:
         return (
             Cause(
-                f"{_listed(evidence.holds)} in the loss: with nothing held constant the two agree. Derivatives take "
+                f"{listed(evidence.holds)} in the loss: with nothing held constant the two agree. Derivatives take "
                 "what it holds as a constant, a difference moves it with the parameters",
                 "If it is not meant, take it out. If it is (a target, a straight-through estimator), compute what is "
                 "held constant outside, pass it as an argument and verify that: products take it as a constant too.",
@@ -188,7 +190,7 @@ def of_gradient(evidence: Evidence, *, jumps: bool, kink: bool, freed: bool) -> 
     if kink:
         return (_at_kink(evidence),)
     if jumps:
-        functions = _listed(evidence.steps) if evidence.steps else "rounding, a comparison, argmax"
+        functions = listed(evidence.steps) if evidence.steps else "rounding, a comparison, argmax"
         return (
             Cause(
                 f"the loss jumps at these parameters: {functions}",
@@ -206,21 +208,21 @@ def of_gradient(evidence: Evidence, *, jumps: bool, kink: bool, freed: bool) -> 
     if evidence.numbers:
         found.append(
             Cause(
-                f"{_listed(evidence.numbers)} turns what depends on the parameters into a constant",
+                f"{listed(evidence.numbers)} turns what depends on the parameters into a constant",
                 "Compute with the tensor itself.",
             )
         )
     if evidence.holds:
         found.append(
             Cause(
-                f"{_listed(evidence.holds)} in the loss holds a part of it constant, which a difference moves",
+                f"{listed(evidence.holds)} in the loss holds a part of it constant, which a difference moves",
                 "Take it out, or compute what is held constant outside and pass it as an argument.",
             )
         )
     if evidence.steps:
         found.append(
             Cause(
-                f"{_listed(evidence.steps)} has a derivative of zero and moves in steps",
+                f"{listed(evidence.steps)} has a derivative of zero and moves in steps",
                 "Replace it by a smooth function.",
             )
         )
@@ -283,7 +285,7 @@ def undecided(evidence: Evidence, *, double: bool) -> tuple[Cause, ...]:
     if evidence.kinks:
         found.append(
             Cause(
-                f"kinks between the points of a difference: {_listed(evidence.kinks)}",
+                f"kinks between the points of a difference: {listed(evidence.kinks)}",
                 "Verify with smooth functions in their place (softplus, GELU), or at fewer samples.",
             )
         )
@@ -336,7 +338,7 @@ def all_modes_refuse(evidence: Evidence, reasons: Sequence[str]) -> tuple[Cause,
 
 def modes_differ(evidence: Evidence, right: Sequence[str]) -> tuple[Cause, ...]:
     """Return the causes of modes that disagree; `right` are those that differences agree with."""
-    side = f" Differences side with {_listed(right)}." if right else ""
+    side = f" Differences side with {listed(right)}." if right else ""
     if evidence.customs:
         return (
             Cause(
@@ -370,7 +372,7 @@ def asymmetric(evidence: Evidence) -> tuple[Cause, ...]:
 
 
 def _at_kink(evidence: Evidence) -> Cause:
-    functions = f" ({_listed(evidence.kinks)})" if evidence.kinks else ""
+    functions = f" ({listed(evidence.kinks)})" if evidence.kinks else ""
     return Cause(
         f"the parameters are on a kink of the loss{functions}, or nearer to one than the smallest step: the gradient "
         "jumps there, and no Hessian exists",
@@ -379,10 +381,10 @@ def _at_kink(evidence: Evidence) -> Cause:
 
 
 def _functions(names: Sequence[str]) -> str:
-    return f"the autograd.Function {_listed(names)}"
+    return f"the autograd.Function {listed(names)}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return `a, b and c`."""
     shown = list(names[:5]) + ([f"{len(names) - 5} more"] if len(names) > 5 else [])
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]

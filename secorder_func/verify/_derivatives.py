@@ -49,7 +49,7 @@ def finite_gradient(problem: Problem) -> tuple[Check, Leaves | None]:
     if finite(gradient):
         return Check(name, True, f"finite, of norm {size(gradient):.3g}", means), gradient
     at = places(problem, gradient, _not_finite)
-    finding = f"not finite at {', '.join(at)}"
+    finding = f"not finite at {causes.listed(at)}"
     cause = causes.not_finite(derivative_of=_first_nan(problem, None))
     return Check(name, False, finding, means, causes=cause), None
 
@@ -137,7 +137,7 @@ def products_by_mode(setting: Setting) -> tuple[Check, dict[Mode, Leaves]]:
             refused.setdefault(first_line(error), []).append(mode)
     finding = "\n".join(
         [
-            *([" and ".join(products)] if products else []),
+            *([causes.listed(list(products))] if products else []),
             *(f"not {', not '.join(modes)}: {reason}" for reason, modes in refused.items()),
         ]
     )
@@ -153,7 +153,7 @@ def finite_products(setting: Setting, products: dict[Mode, Leaves]) -> Check:
     for mode, product in products.items():
         if not finite(product):
             at = places(setting.problem, product, _not_finite)
-            finding = f"H v by {mode} is not finite at {', '.join(at)}"
+            finding = f"H v by {mode} is not finite at {causes.listed(at)}"
             cause = causes.not_finite(derivative_of=_first_nan(setting.problem, setting.v))
             return Check(name, False, finding, means, causes=cause)
     first = next(iter(products.values()))
@@ -185,7 +185,7 @@ def agreement(setting: Setting, gradient: Leaves, products: dict[Mode, Leaves]) 
         )
         return Check(name, None, finding, means)
     cause = causes.modes_differ(setting.evidence, agreeing)
-    finding = f"{' and '.join(products)} {_apart(error, setting.rtol)}"
+    finding = f"{causes.listed(list(products))} {_apart(error, setting.rtol)}"
     return Check(name, False, finding, means, error, setting.rtol, cause)
 
 
@@ -200,13 +200,18 @@ def _largest_difference(products: dict[Mode, Leaves], floor: float) -> float:
 
 
 def right(setting: Setting, products: dict[Mode, Leaves]) -> list[Mode]:
-    """Return the modes that differences of the gradient agree with."""
+    """Return the modes that differences of the gradient agree with, in double precision if it can be had."""
+    problem, v = setting.problem, setting.v
     precision = Precision(setting.evidence.eps, setting.by_differences)
+    if setting.double is not None:
+        with suppress(Exception):
+            wide = setting.like(setting.double, v)
+            products = {mode: setting.double.product(mode, wide) for mode in products}
+            problem, v, precision = setting.double, wide, setting.fine
     return [
         mode
         for mode, product in products.items()
-        if _by_gradients(setting, setting.problem, setting.v, product, precision).verdict
-        == "agrees"
+        if _by_gradients(setting, problem, v, product, precision).verdict == "agrees"
     ]
 
 

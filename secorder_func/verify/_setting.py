@@ -80,16 +80,19 @@ class Setting:
             return None
         return double if value.dtype == torch.float64 and finite((value,)) else None
 
+    @property
+    def fine(self) -> Precision:
+        """The precision of the problem in double."""
+        eps = torch.finfo(torch.float64).eps
+        return Precision(eps, eps ** (1 / 3) if self.tolerance is None else self.by_differences)
+
     def decide(self, trial: Trial) -> Decision:
         """Compare; where that does not agree in a coarse dtype, in double precision."""
         here = Precision(self.evidence.eps, self.by_differences, patient=self.double is None)
         comparison = trial(self.problem, here)
         if self.double is not None and comparison.verdict != "agrees":
-            fine = torch.finfo(torch.float64).eps
-            allowed = fine ** (1 / 3) if self.tolerance is None else self.by_differences
-            there = Precision(fine, allowed)
             with suppress(Exception):  # as above
-                return Decision(trial(self.double, there), self.double, there)
+                return Decision(trial(self.double, self.fine), self.double, self.fine)
             here = replace(here, patient=True)
             comparison = trial(self.problem, here)
         if comparison.verdict == "differs" and (
