@@ -277,8 +277,9 @@ def test_a_wrong_backward_shows_at_first_order() -> None:
     assert "WrongBackward is not the derivative" in causes(result["gradient by differences"])
 
 
-def test_a_wrong_backward_is_found_in_float32() -> None:
-    result = verify(lambda p: WrongBackward.apply(p.sin()).sum(), P.float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_backward_is_found_in_coarse_dtypes(dtype: torch.dtype) -> None:
+    result = verify(lambda p: WrongBackward.apply(p.sin()).sum(), P.to(dtype))
     assert failures(result) == ["gradient by differences"]
 
 
@@ -401,7 +402,7 @@ def test_unused_parameters_are_information() -> None:
     result = verify(lambda p: (p["used"] ** 2).sum(), {"used": P, "other": P, "spare": P})
     assert result.ok
     assert result["dependence"].passed is None
-    assert result["dependence"].finding == "not used: ['other'], ['spare']"
+    assert result["dependence"].finding == "not used: ['other'] and ['spare']"
 
 
 def test_a_parameter_in_use_without_effect_is_told_apart() -> None:

@@ -22,7 +22,7 @@ __all__ = ["Decision", "Setting", "places"]
 Trial: TypeAlias = Callable[[Problem, Precision], Comparison]
 
 _FINE = 1e-10  # unit roundoffs below need no finer dtype to decide
-_ROUGH = 1e-3  # and those above decide nothing against a derivative
+_ROUGH = 5e-4  # and those above (half precision, autocast) decide little
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,16 @@ class Setting:
         return Precision(eps, eps ** (1 / 3) if self.tolerance is None else self.by_differences)
 
     def decide(self, trial: Trial) -> Decision:
-        """Compare; where that does not agree in a coarse dtype, in double precision."""
-        here = Precision(self.evidence.eps, self.by_differences, patient=self.double is None)
-        comparison = trial(self.problem, here)
-        if self.double is not None and comparison.verdict != "agrees":
+        """Compare; in double precision where a coarse dtype does not agree, or is too coarse to say anything."""
+        here = Precision(self.evidence.eps, self.by_differences)
+        if self.double is not None:
+            if here.eps < _ROUGH:
+                comparison = trial(self.problem, replace(here, patient=False))
+                if comparison.verdict == "agrees":
+                    return Decision(comparison, self.problem, here)
             with suppress(Exception):  # as above
                 return Decision(trial(self.double, self.fine), self.double, self.fine)
-            here = replace(here, patient=True)
-            comparison = trial(self.problem, here)
+        comparison = trial(self.problem, here)
         if comparison.verdict == "differs" and (
             here.eps > _ROUGH or (here.eps > _FINE and self.evidence.kinks)
         ):

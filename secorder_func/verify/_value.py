@@ -23,14 +23,12 @@ from secorder_func.verify._result import Check
 __all__ = [
     "Surroundings",
     "dependence",
-    "few",
     "finite_number",
     "randomness",
     "repeatability",
     "same_state",
 ]
 
-_NAMED_FEW = 6
 _ROUNDING = 16  # in unit roundoffs, between two evaluations
 
 
@@ -208,17 +206,11 @@ def dependence(
     ]
     parts = []
     if unused:
-        parts.append(f"not used: {few(unused)}")
+        parts.append(f"not used: {causes.listed(unused)}")
     if flat:
-        parts.append(f"used, with zero gradient and product: {few(flat)}")
+        parts.append(f"used, with zero gradient and product: {causes.listed(flat)}")
     if parts:
         return Check(name, None, "; ".join(parts), means)
     number = len(paths)
     finding = f"on all {number} leaves of params" if number > 1 else "on params"
     return Check(name, True, finding, means)
-
-
-def few(paths: list[str]) -> str:
-    """Return the first of many names, and how many more there are."""
-    more = f" and {len(paths) - _NAMED_FEW} more" if len(paths) > _NAMED_FEW else ""
-    return ", ".join(paths[:_NAMED_FEW]) + more

@@ -77,9 +77,9 @@ def verify(
     float64, look for the cause.
 
     Differences are taken at several steps, and one that disagrees counts against a derivative only where they settle;
-    otherwise the check says that it could not decide. In float32 and below what looks wrong is compared again in
-    float64. A derivative that is off by less than the tolerance goes unnoticed: for a sharper check, verify at
-    parameters and data in float64. One random direction is tested, at one point.
+    otherwise the check says that it could not decide. In float32 what looks wrong is compared again in float64, half
+    precision from the start. A derivative that is off by less than the tolerance goes unnoticed: for a sharper check,
+    verify at parameters and data in float64. One random direction is tested, at one point.
 
     Torch's, Python's and NumPy's global generators are left as one plain evaluation leaves them. State of Python that
     the loss itself changes (a counter, an iterator) cannot be put back, and is named.
@@ -222,11 +222,11 @@ def _state(changed: list[str], kept: Kept, around: values.Surroundings) -> Check
     """Say what the evaluations changed."""
     name, means = "state", "Evaluating and differentiating the loss changes nothing."
     if changed:
-        finding = f"changed, and put back: {values.few(changed)}"
+        finding = f"changed, and put back: {causes.listed(changed)}"
         return Check(name, False, finding, means, causes=causes.written_to(changed))
     buffers = f", {kept.num_buffers} buffers" if kept.num_buffers else ""
     finding = f"parameters{buffers} and .grad are as they were"
     moved = around.changed()
     if moved:
-        finding += f"\nbut the loss changes what it reaches, at every call: {values.few(moved)}"
+        finding += f"\nbut the loss changes what it reaches, at every call: {causes.listed(moved)}"
     return Check(name, True, finding, means)
