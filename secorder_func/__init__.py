@@ -19,6 +19,7 @@ from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError
 from secorder_func.nn import functional_loss, functional_model
 from secorder_func.operators import LinearOperator, ggn_operator, hessian_operator
 from secorder_func.transforms import finite_difference_hvp, ggnvp, hvp, hvp_and_grad
+from secorder_func.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Estimate",
     "LinearOperator",
     "NoExactRouteError",
+    "Verification",
     "errors",
     "exact_diagonal",
     "exact_trace",
@@ -42,4 +44,5 @@ __all__ = [
     "hvp_and_grad",
     "probes",
     "tree",
+    "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m secorder_func [demo]`."""
+"""The command line: `python -m secorder_func [demo | verify]`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"secorder_func {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -76,6 +77,48 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
     settings = QUICK if arguments.quick else FULL
     return run_demo(arguments.output, seed=arguments.seed, settings=settings)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "check that a loss is fit for second derivatives and that its products are right"
+    verify = commands.add_parser(
+        "verify",
+        help=summary,
+        description=summary.capitalize() + ", and name the likely cause where not.",
+        epilog="Exit code: 0 when no check failed, 1 when one did, 2 when the problem cannot be had.",
+    )
+    verify.add_argument(
+        "target",
+        nargs="?",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments, in a module that the current folder or the environment has, that returns "
+        "(f, params, *args) or (model, loss_fn, inputs, targets); without it the demonstration's model is checked",
+    )
+    verify.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of torch, before the function is called, and of the directions (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--rtol",
+        type=float,
+        help="what exact answers may differ by (default: the square root of the unit roundoff)",
+    )
+    verify.set_defaults(run=_run_verify)
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    if arguments.target is not None:
+        from secorder_func.verify.command import run
+
+        return run(arguments.target, seed=arguments.seed, rtol=arguments.rtol)
+    from secorder_func.report import require_extra
+
+    require_extra("python -m secorder_func verify without a function")
+    from secorder_func.report.example import verify_digits
+
+    return verify_digits(seed=arguments.seed, rtol=arguments.rtol)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ __all__ = [
     "MissingExtraError",
     "NoExactRouteError",
     "NonFiniteError",
+    "VerificationError",
     "message",
     "warn_user",
 ]
@@ -54,6 +55,10 @@ class HiddenParameterError(RuntimeError):
 
     Only plain autograd, which differentiates the parameters where they are, sees such a path.
     """
+
+
+class VerificationError(RuntimeError):
+    """A check of `verify` failed; the message is the report."""
 
 
 class MissingExtraError(ImportError):

@@ -16,7 +16,7 @@ from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.torch_func import grad
 from secorder_func.typing import LossFn, Tree
 
-__all__ = ["central_difference", "finite_difference_hvp"]
+__all__ = ["base_step", "central_difference", "finite_difference_hvp"]
 
 
 def finite_difference_hvp(
@@ -102,7 +102,7 @@ def central_difference(
 
     `gradient` is called twice per step, always from the random state that the first call found.
     """
-    unit = _base_step(leaves, vector)
+    unit = base_step(leaves, vector)
     state = RandomState.now(leaves)
     after: RandomState | None = None
     total: Leaves = tuple(torch.zeros_like(leaf) for leaf in leaves)
@@ -119,7 +119,7 @@ def central_difference(
     return tree.axpy(damping, vector, total) if damping else total
 
 
-def _base_step(leaves: Leaves, vector: Leaves) -> Tensor:
+def base_step(leaves: Leaves, vector: Leaves) -> Tensor:
     """Return the step that balances truncation (step²) against rounding (1 / step), a 0-dim tensor.
 
     That balance is at the cube root of the unit roundoff, relative to the scale of the parameters. The more entries

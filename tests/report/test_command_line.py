@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,3 +151,155 @@ def test_importing_the_library_imports_nothing_that_only_the_report_needs() -> N
     code = f"import sys, secorder_func; print(sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------- verify
+
+USER_MODULE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+value = 3
+
+def module():
+    return nn.Linear(4, 3), F.cross_entropy, torch.randn(8, 4), torch.randint(3, (8,))
+
+def loss():
+    return lambda p, x: torch.tanh(x @ p).square().mean(), torch.randn(4), torch.randn(8, 4)
+
+def kink():
+    return lambda p: p.relu().sum(), torch.zeros(3)
+
+def nothing():
+    pass
+
+def too_few():
+    return nn.Linear(4, 3), F.cross_entropy, torch.randn(8, 4)
+
+def only_f():
+    return [lambda p: p.sum()]
+
+def not_callable():
+    return torch.ones(2), 3
+
+def frozen():
+    return nn.Linear(4, 3).requires_grad_(False), F.cross_entropy, torch.randn(8, 4), torch.ones(8)
+
+def numbers():
+    return lambda p: p, [1.0]
+
+def raises():
+    return 1 / 0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Be in a folder with a user's module, which no other test imports."""
+    (tmp_path / "user_problem.py").write_text(USER_MODULE)
+    (tmp_path / "needs_more.py").write_text("import a_package_that_nobody_has\n")
+    (tmp_path / "no_python.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    # As for an installed command: the current folder is not on the path.
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    monkeypatch.delitem(sys.modules, "user_problem", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("function", ["module", "loss"])
+def test_verify_of_a_good_problem_returns_zero(
+    function: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = list(sys.path)
+    assert main(["verify", f"user_problem:{function}"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"user_problem:{function}\n\nAll is well: 11 checks passed.\n")
+    assert captured.err == ""
+    assert sys.path == path
+
+
+def test_verify_of_a_broken_problem_returns_one_and_names_the_cause(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "user_problem:kink"]) == 1
+    assert "on a kink of the loss (relu)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_verify_takes_a_tolerance_and_a_seed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = []
+    for seed in ("1", "1", "2"):
+        assert main(["verify", "user_problem:loss", "--seed", seed, "--rtol", "0.001"]) == 0
+        reports.append(capsys.readouterr().out)
+    assert reports[0] == reports[1]
+    assert reports[0] != reports[2]
+    assert "1e-03 allowed" in reports[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("user_problem", "expected package.module:function, with one colon"),
+        ("user_problem.py:loss", "Write user_problem:loss, in the file's folder"),
+        ("no_such_module:f", "there is no module no_such_module. Run the command in the folder"),
+        ("needs_more:f", "importing needs_more raises ModuleNotFoundError"),
+        ("no_python:f", "importing no_python raises SyntaxError"),
+        ("user_problem:los", "user_problem has no function los. Did you mean loss?"),
+        ("user_problem:value", "value must be a function without arguments, got int"),
+        ("user_problem:raises", "raises ZeroDivisionError: division by zero\nin raises"),
+        ("user_problem:nothing", "must return (f, params, *args) or (model, loss_fn, inputs, targ"),
+        ("user_problem:not_callable", "got (Tensor, int)"),
+        ("user_problem:only_f", "must return (f, params, *args), got (function)"),
+        ("user_problem:too_few", "(model, loss_fn, inputs, targets), got (Linear, function, Ten"),
+        ("user_problem:frozen", "no parameter of the model requires a gradient"),
+        ("user_problem:numbers", "verify: every leaf of params must be a tensor"),
+    ],
+)
+def test_a_problem_that_cannot_be_had_is_said_and_returns_two(
+    target: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", target]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_verify_without_a_function_checks_the_model_of_the_demo(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert "All is well: 11 checks passed." in out
+    assert "Your own problem: python -m secorder_func verify package.module:function" in out
+
+
+def test_verify_of_a_users_function_needs_torch_and_optree_only(folder: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('scipy', 'matplotlib', 'rich', 'sklearn', 'numpy'):\n"
+        "    sys.modules[name] = None\n"
+        "from secorder_func.__main__ import main\n"
+        "sys.exit(main(['verify', 'user_problem:loss']))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    root = Path(secorder_func.__file__).parents[1]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "All is well" in done.stdout
+
+
+def test_verify_without_the_extra_says_how_to_install_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["verify"]) == 2
+    assert "needs scikit-learn, which is not installed" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Ways of looking at an evaluation of a loss: what it calls, in double precision, with nothing held constant.
+
+Each is a `TorchFunctionMode` that goes around the user's function, inside the library's rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FirstNotFinite", "HoldingNothing", "InDouble", "Watch", "wider"]
+
+_TENSOR: Any = torch.Tensor
+_GET_DATA = _TENSOR.data.__get__
+_SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
+
+_HOLDS: dict[Any, str] = {
+    _TENSOR.detach: "detach()",
+    torch.detach: "detach()",
+    _GET_DATA: ".data",
+}
+_NUMBERS: dict[Any, str] = {
+    _TENSOR.item: ".item()",
+    _TENSOR.tolist: ".tolist()",
+    _TENSOR.numpy: ".numpy()",
+    _TENSOR.__float__: "float()",
+    _TENSOR.__int__: "int()",
+    _TENSOR.__array__: "a NumPy array",
+}
+
+
+class Watch(TorchFunctionMode):
+    """Notes what holds a part of the loss constant, and the coarsest floating dtype that is computed in.
+
+    Attributes
+    ----------
+    holds
+        `detach()`, `.data` and `no_grad` where they meet what depends on parameters.
+    numbers
+        Conversions of what depends on parameters to plain numbers.
+    eps
+        The largest unit roundoff among the results.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds: set[str] = set()
+        self.numbers: set[str] = set()
+        self.eps = 0.0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _SET_GRAD_ENABLED and args and not args[0]:
+            self.holds.add("no_grad")
+        elif args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            if func in _HOLDS:
+                self.holds.add(_HOLDS[func])
+            elif func in _NUMBERS:
+                self.numbers.add(_NUMBERS[func])
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
+class FirstNotFinite(TorchFunctionMode):
+    """Notes the first function that returns NaN or infinity; it looks at every number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = ""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.function and isinstance(result, Tensor) and not torch.isfinite(result).all():
+            self.function = getattr(func, "__name__", str(func))
+        return result
+
+
+class HoldingNothing(TorchFunctionMode):
+    """Lets derivatives through `detach`, `.data` and `no_grad`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _HOLDS:
+            return args[0]
+        if func is _SET_GRAD_ENABLED:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_CASTS = (_TENSOR.float, _TENSOR.half, _TENSOR.bfloat16)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of double precision for a floating or complex one, others as they are."""
+    return _WIDER.get(dtype, dtype)
+
+
+class InDouble(TorchFunctionMode):
+    """Evaluates in double precision: every floating tensor and every dtype that a function is given is widened.
+
+    Captured tensors are widened once an evaluation, so that what the loss writes to one is there when it is read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._widened: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _CASTS:
+            func = _TENSOR.double
+        return func(*self._wide(tuple(args)), **self._wide(dict(kwargs or {})))
+
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dtype not in _WIDER:
+                return value
+            if id(value) not in self._widened:
+                self._widened[id(value)] = (value, value.to(_WIDER[value.dtype]))
+            return self._widened[id(value)][1]
+        if isinstance(value, torch.dtype):
+            return wider(value)
+        if type(value) is tuple or type(value) is list:
+            return type(value)(self._wide(item) for item in value)
+        if type(value) is dict:
+            return {key: self._wide(item) for key, item in value.items()}
+        return value
