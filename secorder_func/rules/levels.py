@@ -8,25 +8,31 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-__all__ = ["JVP", "differentiating_levels", "innermost_is_vmap", "unwrapped"]
+__all__ = ["JVP", "differentiating_levels", "innermost_is_vmap", "mapping", "unwrapped"]
 
 JVP = _functorch.TransformType.Jvp
+_VMAP = _functorch.TransformType.Vmap
 
 
 def differentiating_levels() -> list[Any]:
     """Return the kinds of the levels in force that differentiate, outermost first; none that Dynamo could show."""
-    if torch.compiler.is_compiling():
-        return []
-    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
-    return [kind for kind in kinds if kind in (_functorch.TransformType.Grad, JVP)]
+    return [kind for kind in _kinds() if kind in (_functorch.TransformType.Grad, JVP)]
 
 
 def innermost_is_vmap() -> bool:
     """Say whether the level in force maps."""
+    return _kinds()[-1:] == [_VMAP]
+
+
+def mapping() -> bool:
+    """Say whether some level maps."""
+    return _VMAP in _kinds()
+
+
+def _kinds() -> list[Any]:
     if torch.compiler.is_compiling():
-        return False
-    stack = _functorch.get_interpreter_stack() or []
-    return bool(stack) and stack[-1].key() == _functorch.TransformType.Vmap
+        return []
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
