@@ -129,9 +129,27 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 if name in known and name not in params
             }
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return functional_call(model, {**kept, **params, **buffers}, args, kwargs)
+            values = _in_every_place(model, {**buffers, **kept, **params})
+            return functional_call(model, values, args, kwargs, tie_weights=False)
 
     return model_fn, params
+
+
+def _in_every_place(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values for all places of tied tensors, each place once.
+
+    `functional_call` would find the places itself, but lists those of a module that the model holds under two names
+    twice, and afterwards "restores" what it has put there: the module would keep the stand-ins for good (2.13).
+    """
+    names = {tensor: name for name, tensor in model.named_buffers()}
+    names |= {tensor: name for name, tensor in model.named_parameters()}
+    places = {}
+    for prefix, module in model.named_modules():
+        for named in (module.named_parameters, module.named_buffers):
+            for place, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                if names[tensor] in values:
+                    places[place] = values[names[tensor]]
+    return places
 
 
 def _check_names(params: Any, known: frozenset[str]) -> None:
