@@ -30,7 +30,8 @@ def functional_loss(
     Parameters
     ----------
     model
-        Any module. A tuple of inputs is spread over its positional arguments, a mapping over its keywords.
+        Any module. A tuple of inputs is spread over its positional arguments, a mapping over its keywords. What
+        `torch.compile`, `nn.DataParallel` and `DistributedDataParallel` wrap is taken out of the wrapper.
     loss_fn
         `loss_fn(outputs, targets) -> loss` with one element. Sum or mean is its choice.
 
@@ -101,7 +102,7 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 "Pass the nn.Module that it was made from",
             )
         )
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps, under its own names
+    model = _in_wrappers(model)
     named: dict[str, Any] = dict(model.named_parameters())
     lazy = [name for name, p in named.items() if nn.parameter.is_lazy(p)]
     if lazy:
@@ -133,6 +134,21 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
             return functional_call(model, values, args, kwargs, tie_weights=False)
 
     return model_fn, params
+
+
+def _in_wrappers(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile and the data-parallel wrappers hold, whose parameters have its names.
+
+    functional_call refuses nn.DataParallel, and a product is no training step for DistributedDataParallel to reduce.
+    """
+    inner: Any = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner  # type: ignore[no-any-return]
 
 
 def _in_every_place(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,18 +2,20 @@
 
 A backward marked `once_differentiable` returns constants: what depends on saved tensors is silently missing from a
 second derivative. Reentrant checkpointing hides the graph of its segment. Neither has an exact second derivative.
+A hook that changes a gradient is another backward that belongs to no function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd.function import once_differentiable
 
-from secorder_func.errors import NoExactRouteError
+from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
 __all__ = ["history", "may_fail", "refuse_cut_history"]
@@ -32,6 +34,22 @@ def _custom_function_call(rules: Rules, function: Any, *args: Any, **kwargs: Any
     if _is_once_differentiable(function):
         raise NoExactRouteError(_no_second_derivative(function.__name__))
     return custom_function_call(function, *args, **kwargs)
+
+
+@repairs(
+    torch.Tensor.register_hook,
+    because="a hook that changes a gradient leaves no function to differentiate: every route gives another number",
+)
+def _register_hook(rules: Rules, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    def watching(gradient: Tensor) -> None:
+        changed = hook(gradient)
+        if changed is not None and changed is not gradient:
+            raise ArgumentError(
+                "A hook in the loss changes a gradient, so that this is the gradient of no function, and no Hessian "
+                "exists. Let the hook return None, or write what it does into the loss."
+            )
+
+    return tensor.register_hook(hook if torch.compiler.is_compiling() else watching)
 
 
 def _no_second_derivative(name: str) -> str:

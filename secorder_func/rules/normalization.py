@@ -56,9 +56,9 @@ def _batch_norm(
 ) -> Tensor:
     x = _widened(rules, input, weight)
     if not training:
-        return F.batch_norm(
-            x, running_mean, running_var, weight, bias, False, momentum, eps
-        ).to(input.dtype)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
+            input.dtype
+        )
     if not rules.higher:  # the output of training mode does not depend on the running statistics
         return F.batch_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
@@ -80,9 +80,9 @@ def _instance_norm(
 ) -> Tensor:
     x = _widened(rules, input, weight)
     if not use_input_stats:
-        return F.instance_norm(
-            x, running_mean, running_var, weight, bias, False, momentum, eps
-        ).to(input.dtype)
+        return F.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
+            input.dtype
+        )
     if not rules.higher:
         return F.instance_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
