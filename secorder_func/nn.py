@@ -103,7 +103,8 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
             )
         )
     model = _in_wrappers(model)
-    named: dict[str, Any] = dict(model.named_parameters())
+    with _alone_with(model):  # another thread may have exchanged them just now
+        named: dict[str, Any] = dict(model.named_parameters())
     lazy = [name for name, p in named.items() if nn.parameter.is_lazy(p)]
     if lazy:
         problem = f"parameter {lazy[0]!r} has no shape yet"

@@ -21,11 +21,9 @@ def without_reducer(module: nn.parallel.DistributedDataParallel) -> None:
 
 
 def refuse_sharded(module: nn.Module) -> None:
-    """Refuse a module whose trainable parameters are gathered in its forward: no derivative reaches the shards."""
+    """Refuse a module whose parameters are gathered in its forward: no derivative reaches the shards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
-        return
-    if any(p.requires_grad for p in module.parameters()):
+    if fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
         raise ArgumentError(
             "The loss runs a fully sharded module (FSDP), which computes with gathered copies of its parameters: "
             "torch has no second derivative through them. Use the module unsharded, or DistributedDataParallel."
