@@ -67,6 +67,11 @@ def refuse_cut_history(roots: Sequence[Any]) -> None:
                 "reentrant activation checkpointing hides the graph of its segment; "
                 "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
             )
+        if node.name() == "CompiledFunctionBackward":
+            raise NoExactRouteError(
+                "a part of the loss is compiled by torch.compile, whose gradient has no derivative (some backends give "
+                "partial sums, silently). Use the function or module that it was made from"
+            )
         if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
             raise NoExactRouteError("a function of the loss cannot be differentiated twice")
 
