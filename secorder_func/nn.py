@@ -30,7 +30,8 @@ def functional_loss(
     Parameters
     ----------
     model
-        Any module. A tuple of inputs is spread over its positional arguments, a mapping over its keywords.
+        Any module. A tuple of inputs is spread over its positional arguments, a mapping over its keywords. What
+        `torch.compile`, `nn.DataParallel` and `DistributedDataParallel` wrap is taken out of the wrapper.
     loss_fn
         `loss_fn(outputs, targets) -> loss` with one element. Sum or mean is its choice.
 
@@ -101,8 +102,9 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 "Pass the nn.Module that it was made from",
             )
         )
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps, under its own names
-    named: dict[str, Any] = dict(model.named_parameters())
+    model = _in_wrappers(model)
+    with _alone_with(model):  # another thread may have exchanged them just now
+        named: dict[str, Any] = dict(model.named_parameters())
     lazy = [name for name, p in named.items() if nn.parameter.is_lazy(p)]
     if lazy:
         problem = f"parameter {lazy[0]!r} has no shape yet"
@@ -129,9 +131,42 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
                 if name in known and name not in params
             }
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return functional_call(model, {**kept, **params, **buffers}, args, kwargs)
+            values = _in_every_place(model, {**buffers, **kept, **params})
+            return functional_call(model, values, args, kwargs, tie_weights=False)
 
     return model_fn, params
+
+
+def _in_wrappers(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile and the data-parallel wrappers hold, whose parameters have its names.
+
+    functional_call refuses nn.DataParallel, and a product is no training step for DistributedDataParallel to reduce.
+    """
+    inner: Any = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def _in_every_place(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values for all places of tied tensors, each place once.
+
+    `functional_call` would find the places itself, but lists those of a module that the model holds under two names
+    twice, and afterwards "restores" what it has put there: the module would keep the stand-ins for good (2.13).
+    """
+    names = {tensor: name for name, tensor in model.named_buffers()}
+    names |= {tensor: name for name, tensor in model.named_parameters()}
+    places = {}
+    for prefix, module in model.named_modules():
+        for named in (module.named_parameters, module.named_buffers):
+            for place, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                if names[tensor] in values:
+                    places[place] = values[names[tensor]]
+    return places
 
 
 def _check_names(params: Any, known: frozenset[str]) -> None:

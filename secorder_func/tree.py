@@ -16,6 +16,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from secorder_func.typing import Tree
 
@@ -27,6 +28,7 @@ __all__ = [
     "common_dtype",
     "dot",
     "flatten",
+    "flatten_fully",
     "map",
     "norm",
     "numel",
@@ -59,6 +61,30 @@ def flatten(tree: Tree, /) -> tuple[list[Any], Unflatten]:
     return leaves, spec.unflatten
 
 
+def flatten_fully(tree: Any, /) -> tuple[list[Any], Unflatten]:
+    """Do as `flatten` for a value of any kind, and take apart what only torch's pytree knows, too.
+
+    So the outputs of Hugging Face models are trees.
+
+    >>> leaves, restore = flatten_fully({"b": 2, "a": (1, "x")})
+    >>> leaves
+    [1, 'x', 2]
+    >>> restore([10, "y", 20])
+    {'b': 20, 'a': (10, 'y')}
+    """
+    outer, unflatten = flatten(tree)
+    inner = [pytree.tree_flatten(leaf) for leaf in outer]
+
+    def restore(leaves: Sequence[Any]) -> Any:
+        remaining = iter(leaves)
+        parts = [
+            pytree.tree_unflatten([next(remaining) for _ in part], spec) for part, spec in inner
+        ]
+        return unflatten(parts)
+
+    return [leaf for part, _ in inner for leaf in part], restore
+
+
 def paths(tree: Tree, /) -> list[str]:
     """Return where each leaf stands, as the Python expression that reaches it from the tree.
 
@@ -88,7 +114,7 @@ def structure(tree: Tree, /) -> Any:
 
 def tensors_in(*trees: Any) -> list[Tensor]:
     """Return the tensors among the leaves of any trees, whatever else they hold."""
-    return [leaf for leaf in flatten(trees)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in flatten_fully(trees)[0] if isinstance(leaf, Tensor)]
 
 
 def tensors_and_rest(tree: Tree, /) -> tuple[tuple[Tensor, ...], Unflatten]:
@@ -98,7 +124,7 @@ def tensors_and_rest(tree: Tree, /) -> tuple[tuple[Tensor, ...], Unflatten]:
     >>> restore([torch.zeros(1)])
     {'loss': tensor([0.]), 'name': 'first'}
     """
-    leaves, unflatten = flatten(tree)
+    leaves, unflatten = flatten_fully(tree)
     rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def restore(tensors: Sequence[Any]) -> Tree:

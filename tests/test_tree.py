@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from secorder_func import checks, tree
+from secorder_func import checks, ggnvp, tree
 
 # ------------------------------------------------------------------------------------ on examples
 
@@ -177,3 +178,39 @@ def test_what_is_no_stack_of_vectors_is_refused(v: Any, words: str) -> None:
 def test_a_stack_of_vectors_passes() -> None:
     v = {"b": [torch.zeros(4)], "a": torch.zeros(4, 2, 3)}
     assert checks.check_like(v, L, "here", batched=True) is None
+
+
+class Output:
+    """A container that only torch's pytree knows, as the outputs of Hugging Face models are."""
+
+    def __init__(self, logits: Any, cache: Any) -> None:
+        self.logits, self.cache = logits, cache
+
+
+pytree.register_pytree_node(
+    Output, lambda o: ([o.logits, o.cache], None), lambda parts, _: Output(*parts)
+)
+
+
+def test_what_torchs_pytree_knows_is_taken_apart_fully_and_put_together() -> None:
+    a, b = torch.ones(2), torch.zeros(3)
+    leaves, restore = tree.flatten_fully({"second": 5, "first": Output(a, (b, None))})
+    assert leaves[0] is a
+    assert leaves[1] is b
+    assert leaves[-1] == 5
+    doubled = restore([2 * leaf if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+    assert torch.equal(doubled["first"].logits, 2 * a)
+    assert torch.equal(doubled["first"].cache[0], b)
+    assert (doubled["first"].cache[1], doubled["second"]) == (None, 5)
+    assert len(tree.tensors_in(Output(a, b), a)) == 3
+
+
+def test_a_gauss_newton_product_sees_through_it() -> None:
+    X, w = torch.randn(6, 3).double(), torch.randn(3).double()
+
+    def model(w: Any, x: Any) -> Output:
+        return Output(x @ w, cache="nothing")
+
+    product = ggnvp(model, lambda output, y: ((output.logits - y) ** 2).sum())
+    hv = product(w, w, X, torch.zeros(6).double())
+    torch.testing.assert_close(hv, 2 * X.T @ (X @ w))

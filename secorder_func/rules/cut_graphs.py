@@ -2,18 +2,20 @@
 
 A backward marked `once_differentiable` returns constants: what depends on saved tensors is silently missing from a
 second derivative. Reentrant checkpointing hides the graph of its segment. Neither has an exact second derivative.
+A hook that changes a gradient is another backward that belongs to no function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd.function import once_differentiable
 
-from secorder_func.errors import NoExactRouteError
+from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
 __all__ = ["history", "may_fail", "refuse_cut_history"]
@@ -34,6 +36,22 @@ def _custom_function_call(rules: Rules, function: Any, *args: Any, **kwargs: Any
     return custom_function_call(function, *args, **kwargs)
 
 
+@repairs(
+    torch.Tensor.register_hook,
+    because="a hook that changes a gradient leaves no function to differentiate: every route gives another number",
+)
+def _register_hook(rules: Rules, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    def watching(gradient: Tensor) -> None:
+        changed = hook(gradient)
+        if changed is not None and changed is not gradient:
+            raise ArgumentError(
+                "A hook in the loss changes a gradient, so that this is the gradient of no function, and no Hessian "
+                "exists. Let the hook return None, or write what it does into the loss."
+            )
+
+    return tensor.register_hook(hook if torch.compiler.is_compiling() else watching)
+
+
 def _no_second_derivative(name: str) -> str:
     return f"the backward of {name} is marked once_differentiable, so it has no second derivative"
 
@@ -48,6 +66,11 @@ def refuse_cut_history(roots: Sequence[Any]) -> None:
             raise NoExactRouteError(
                 "reentrant activation checkpointing hides the graph of its segment; "
                 "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
+        if node.name() == "CompiledFunctionBackward":
+            raise NoExactRouteError(
+                "a part of the loss is compiled by torch.compile, whose gradient has no derivative (some backends give "
+                "partial sums, silently). Use the function or module that it was made from"
             )
         if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
             raise NoExactRouteError("a function of the loss cannot be differentiated twice")

@@ -197,5 +197,6 @@ def _guarded(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
         with module_attributes_restored(rules.shadows.is_captured), rules:
             yield rules
     finally:
+        torch.clear_autocast_cache()  # an autocast around the call would keep casts of dead wrappers
         torch._C._set_graph_executor_optimize(specialising)
         torch._C._set_fwd_grad_enabled(forward_enabled)

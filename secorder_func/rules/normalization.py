@@ -20,6 +20,7 @@ from secorder_func.rules.registry import Rules, repairs
 __all__: list[str] = []
 
 _WRONG_THIRD = "third derivatives of the fused kernel are wrong, pytorch#198017"
+_TANGENT_DTYPE = "a half-precision input with a float weight gets float tangents, on which jvp(grad) raises (2.13)"
 
 
 @repairs(F.layer_norm, because=_WRONG_THIRD)
@@ -31,12 +32,14 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    dtype = _float32_under_autocast(input)
     if not rules.higher:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        x = _widened(rules, input, weight)
+        return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype)
     output = _standardised(input, tuple(range(-len(normalized_shape), 0)), eps)
     if weight is not None:
         output = output * weight
-    return output if bias is None else output + bias
+    return (output if bias is None else output + bias).to(dtype)
 
 
 @repairs(F.batch_norm, because="it writes running statistics in training mode; " + _WRONG_THIRD)
@@ -51,13 +54,16 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    x = _widened(rules, input, weight)
     if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
+            input.dtype
+        )
     if not rules.higher:  # the output of training mode does not depend on the running statistics
-        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+        return F.batch_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     others = (0, *range(2, input.ndim))
-    return _per_channel(_standardised(input, others, eps), weight, bias)
+    return _per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
 
 
 @repairs(F.instance_norm, because="it writes running statistics in training mode; " + _WRONG_THIRD)
@@ -72,12 +78,29 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    x = _widened(rules, input, weight)
     if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return F.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
+            input.dtype
+        )
     if not rules.higher:
-        return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+        return F.instance_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
-    return _per_channel(_standardised(input, tuple(range(2, input.ndim)), eps), weight, bias)
+    others = tuple(range(2, input.ndim))
+    return _per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
+
+
+@repairs(F.group_norm, because=_TANGENT_DTYPE)
+def _group_norm(
+    rules: Rules,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    x = _widened(rules, input, weight)
+    return F.group_norm(x, num_groups, weight, bias, eps).to(_float32_under_autocast(input))
 
 
 @repairs(
@@ -89,14 +112,30 @@ def _weight_norm(rules: Rules, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norms)
 
 
+def _widened(rules: Rules, input: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the input in the dtype of the weight where its tangent will have that dtype (`_TANGENT_DTYPE`).
+
+    The fused kernels compute in it anyway, and round the output to the dtype of the input.
+    """
+    if not rules.forward or weight is None or weight.dtype == input.dtype:
+        return input
+    return input.to(weight.dtype)
+
+
+def _float32_under_autocast(input: Tensor) -> torch.dtype:
+    """Return the dtype of a layer or group norm of the input, which autocast on CUDA takes in float32."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    widens = half and input.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.float32 if widens else input.dtype
+
+
 def _standardised(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) over `dims`, in float32 for half precision as torch does."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     x = input.float() if half else input
     centred = x - x.mean(dims, keepdim=True)
     variance = (centred * centred).mean(dims, keepdim=True)
-    output = centred * torch.rsqrt(variance + eps)
-    return output.to(input.dtype) if half else output
+    return centred * torch.rsqrt(variance + eps)
 
 
 @repairs(torch.layer_norm, because=_WRONG_THIRD)

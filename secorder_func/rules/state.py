@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from secorder_func.rules.distributed import refuse_sharded, without_reducer
 from secorder_func.rules.levels import innermost_is_vmap, unwrapped
 
 __all__ = ["Shadows", "module_attributes_restored"]
@@ -134,7 +135,10 @@ def module_attributes_restored(
 
     def remember(module: nn.Module, args: Any) -> None:
         if id(module) not in before and threading.get_ident() == thread:
+            refuse_sharded(module)
             before[id(module)] = (module, dict(module.__dict__), dict(module._buffers))
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                without_reducer(module)
 
     hook = register_module_forward_pre_hook(remember)
     try:

@@ -106,7 +106,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    if max_norm is not None:
+    if max_norm is not None and not weight.is_meta:
         used = weight.detach()[input]
         if bool((torch.linalg.vector_norm(used, norm_type, -1) > max_norm).any()):
             raise ArgumentError(

@@ -153,7 +153,7 @@ def _cloned(outputs: Any) -> tuple[Any, Leaves]:
 
     One output may be computed from another; the loss's derivative in a copy does not run through its siblings.
     """
-    items, unflatten = tree.flatten(outputs)
+    items, unflatten = tree.flatten_fully(outputs)
     copies: list[Tensor] = []
     for index, item in enumerate(items):
         if isinstance(item, Tensor) and item.requires_grad:
