@@ -127,7 +127,10 @@ def plain_product(
             raise no_dependence(where)
         return loss
 
-    return DoubleBackward(evaluate, params, create_graph=create_graph)
+    product = DoubleBackward(evaluate, params, create_graph=create_graph)
+    if all(g is None for g in product.gradient):
+        raise no_dependence(where)
+    return product
 
 
 def _double_backward_operator(

@@ -173,7 +173,10 @@ def gradients(
 ) -> list[Tensor | None]:
     """Return autograd's derivatives, None for an input that no output depends on."""
     try:
-        found: Any = grad_under_rules(outputs, inputs, cotangents, allow_unused=True, **options)
+        with _hooks_set_aside(inputs):
+            found: Any = grad_under_rules(outputs, inputs, cotangents, allow_unused=True, **options)
+    except ArgumentError:
+        raise
     except RuntimeError as error:
         cause = str(error).splitlines()[0].rstrip(".")
         raise NoExactRouteError(
@@ -181,6 +184,19 @@ def gradients(
             "derivative is missing, approximate_hvp estimates the product."
         ) from error
     return list(found)
+
+
+@contextmanager
+def _hooks_set_aside(tensors: Leaves) -> Iterator[None]:
+    """Take the hooks off tensors: what they do to a gradient is no part of the function."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
 
 
 def or_zeros(found: Sequence[Tensor | None], like: Leaves) -> Leaves:

@@ -310,3 +310,25 @@ def test_a_module_list_that_is_no_attribute_of_the_module_is_reached() -> None:
         assert_product(entry, case)
     w = case.params[0]
     assert float(exact_hvp(case.closure, [w], torch.ones_like(w)).norm()) > 0
+
+
+def test_a_hook_on_a_parameter_is_no_part_of_the_function_by_double_backward() -> None:
+    plain, hooked = _case(mlp()), _case(mlp())
+    for p in hooked.params:
+        p.register_hook(lambda gradient: 3 * gradient)
+    v = plain.vector()
+    oracles.assert_same(ENTRIES["exact_hvp with a graph"](hooked, v), double_backward(plain, v))
+    (hooked.params[0].sum()).backward()
+    assert torch.equal(hooked.params[0].grad, torch.full_like(hooked.params[0], 3.0))  # still there
+
+
+def test_a_hook_that_changes_a_gradient_is_refused_by_double_backward_with_its_own_error() -> None:
+    case = _case(Hooked(lambda g: g.clamp(-0.01, 0.01)))
+    with pytest.raises(ArgumentError, match="hook in the loss changes a gradient"):
+        ENTRIES["exact_hvp with a graph"](case, case.vector())
+
+
+def test_a_loss_of_other_tensors_only_is_refused_by_double_backward_too() -> None:
+    w, u = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="does not depend on any parameter"):
+        exact_hvp(lambda: (u**3).sum(), [w], torch.ones(2), create_graph=True)
