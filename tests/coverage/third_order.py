@@ -260,6 +260,16 @@ ROUTES: dict[str, Route] = {
 """Name -> a composition that the library offers."""
 
 
+def verdict(route: Route, problem: Problem, truth: ThirdTruth, u: Tree, v: Tree) -> str:
+    """Return "right", "wrong by ...", or "refused: " with the message of a `RuntimeError`."""
+    torch.manual_seed(SEED)
+    try:
+        answer = route(problem, u, v)
+    except RuntimeError as error:
+        return f"refused: {error}"
+    return "right" if truth.accepts(answer) else f"wrong by {truth.error(answer):.1e}"
+
+
 # ------------------------------------------------------------------------------------- torch raw
 
 
