@@ -139,6 +139,8 @@ _refuse(
         torch.pow,
         torch.Tensor.pow,
         torch.Tensor.__pow__,
+        torch.Tensor.pow_,
+        torch.Tensor.__ipow__,
         torch.float_power,
         torch.Tensor.float_power,
     ),
