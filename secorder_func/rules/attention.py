@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.registry import Rules, forward_is_differentiated, repairs
 from secorder_func.rules.see_through import see_through
 
 __all__: list[str] = []
@@ -39,10 +39,15 @@ def _scaled_dot_product_attention(
     ):  # the composite kernel adds its mask
         zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         attn_mask = zeros.masked_fill(attn_mask.logical_not(), -math.inf)
+    idle = None
+    if attn_mask is not None and forward_is_differentiated(rules):
+        # A row that attends to nothing gives zeros, but NaN in derivatives of torch's forward rule.
+        idle = (attn_mask == -math.inf).all(-1, keepdim=True)
+        attn_mask = attn_mask.masked_fill(idle, 0.0)
     output: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
-    return output
+    return output if idle is None else output.masked_fill(idle, 0.0)
 
 
 _multi_head_attention = see_through(F.multi_head_attention_forward)

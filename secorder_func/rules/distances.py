@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
 __all__: list[str] = []
 
@@ -21,11 +22,13 @@ def _cdist(
     p: float = 2.0,
     compute_mode: str | None = "use_mm_for_euclid_dist_if_necessary",
 ) -> Tensor:
+    refuse_reverse_of_forward(rules, "cdist", x1, x2)
     return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
 
 
 @repairs(F.pdist, because=_NO_SECOND)
 def _pdist(rules: Rules, input: Tensor, p: float = 2.0) -> Tensor:
+    refuse_reverse_of_forward(rules, "pdist", input)
     rows, columns = torch.triu_indices(input.shape[0], input.shape[0], 1, device=input.device)
     return _norm(input[rows] - input[columns], p)
 

@@ -38,6 +38,7 @@ class SecondOrderRules(TorchFunctionMode):
         *,
         forward: bool,
         higher: bool,
+        inside: bool = False,
         exchange: list[tuple[Tensor, Tensor]] | None = None,
         protect: Sequence[Tensor] = (),
     ) -> None:
@@ -45,6 +46,11 @@ class SecondOrderRules(TorchFunctionMode):
         self._forward = forward
         self._higher = higher
         self._levels = len(differentiating_levels())
+        self._plain = ("", "R" if inside else "")
+        if not self._levels:
+            self._plain = ("RR", "R" if inside else "")
+        elif higher and not inside and differentiating_levels().count(JVP) <= forward:
+            self._plain = ("R", "")  # perhaps: an outer level may be all that there is
         self.shadows = Shadows()
         self.seen: set[int] = set()
         for original, stand_in in exchange or ():
@@ -60,6 +66,14 @@ class SecondOrderRules(TorchFunctionMode):
     def higher(self) -> bool:
         """Whether derivatives beyond the second may be taken, outside or by a transform inside the loss."""
         return self._higher or len(differentiating_levels()) > self._levels
+
+    @property
+    def order(self) -> str:
+        """The modes of the derivatives that run through what is computed here, outermost first: R and F."""
+        if torch.compiler.is_compiling():  # Dynamo does not show the levels
+            return ("R" if self._higher else "") + ("FR" if self._forward else "RR")
+        kinds = ("F" if kind == JVP else "R" for kind in differentiating_levels())
+        return self._plain[0] + "".join(kinds) + self._plain[1]
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what a repair calls."""
@@ -123,6 +137,7 @@ def evaluation(
     *,
     forward: bool,
     higher: bool,
+    inside: bool = False,
     exchange: list[tuple[Tensor, Tensor]] | None = None,
     protect: Sequence[Tensor] = (),
 ) -> AbstractContextManager[SecondOrderRules]:
@@ -134,12 +149,16 @@ def evaluation(
         Some level around the loss differentiates in forward mode.
     higher
         Derivatives beyond the second may be taken.
+    inside
+        Because the loss itself takes one, by `torch.autograd.grad`.
     exchange
         Pairs of a tensor and its stand-in.
     protect
         Tensors that the loss must not write to: the parameters.
     """
-    rules = SecondOrderRules(forward=forward, higher=higher, exchange=exchange, protect=protect)
+    rules = SecondOrderRules(
+        forward=forward, higher=higher, inside=inside, exchange=exchange, protect=protect
+    )
     return _traced(rules) if torch.compiler.is_compiling() else _guarded(rules)
 
 
@@ -166,7 +185,7 @@ def evaluated(
             return evaluate(rules)
     except DifferentiatesInside:
         state.restore()
-    with begin(higher=True) as rules:
+    with begin(higher=True, inside=True) as rules:
         return evaluate(rules)
 
 

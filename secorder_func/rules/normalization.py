@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
 __all__: list[str] = []
 
@@ -108,6 +109,7 @@ def _group_norm(
     because="the second derivative of the fused kernel is wrong by every route (5 to 65 % off in 2.13)",
 )
 def _weight_norm(rules: Rules, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    refuse_reverse_of_forward(rules, "weight_norm", v, g)
     norms: Tensor = torch.norm_except_dim(v, 2, dim)
     return v * (g / norms)
 
@@ -165,6 +167,29 @@ def _native_layer_norm(
         output = output * weight
     output = output if bias is None else output + bias
     return output, mean.detach(), rstd.detach()  # torch differentiates the first only
+
+
+@repairs(torch.native_batch_norm, because=_WRONG_THIRD)
+def _native_batch_norm(
+    rules: Rules,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not training or not rules.higher:
+        plain: tuple[Tensor, Tensor, Tensor] = torch.native_batch_norm(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        return plain
+    output = _batch_norm(rules, input, None, None, weight, bias, True, momentum, eps)
+    others = (0, *range(2, input.ndim))
+    variance, mean = torch.var_mean(input.detach(), others, correction=0)
+    return output, mean, torch.rsqrt(variance + eps)  # torch differentiates the first only
 
 
 def _direct(of_channels: Any) -> Any:

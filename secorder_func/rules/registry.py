@@ -11,7 +11,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["REPAIRS", "DifferentiatesInside", "Repair", "Rules", "WrongForwardRuleError", "repairs"]
+__all__ = [
+    "REPAIRS",
+    "DifferentiatesInside",
+    "Repair",
+    "Rules",
+    "WrongForwardRuleError",
+    "forward_is_differentiated",
+    "repairs",
+]
 
 
 class Rules(Protocol):
@@ -24,6 +32,13 @@ class Rules(Protocol):
     @property
     def higher(self) -> bool:
         """Derivatives beyond the second may be taken of what is computed here."""
+
+    @property
+    def order(self) -> str:
+        """The modes of the derivatives that run through what is computed here, outermost first: R and F.
+
+        `grad(jvp(grad(f)))` is `"RFR"`.
+        """
 
     def on(self) -> AbstractContextManager[Any]:
         """Switch the rules on again for what the repair calls."""
@@ -62,3 +77,8 @@ def repairs(*functions: Any, because: str) -> Callable[[_F], _F]:
         return apply
 
     return register
+
+
+def forward_is_differentiated(rules: Rules) -> bool:
+    """Say whether a derivative in forward mode is itself differentiated, by either mode."""
+    return "F" in rules.order[1:]

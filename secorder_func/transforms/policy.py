@@ -183,7 +183,9 @@ def first_exact(
         return name, result
 
     try:
-        eager()  # a mistake in the loss itself is raised here, as the user's own error
+        # What a rule refused by name is no mistake in the loss.
+        if not any(isinstance(error, NoExactRouteError) for _, error in failures):
+            eager()  # a mistake in the loss itself is raised here, as the user's own error
     except WrongForwardRuleError:
         pass
     except RuntimeError as error:  # inside a transform torch may refuse the function here as before
