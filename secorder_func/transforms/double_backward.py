@@ -25,7 +25,14 @@ from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.cut_graphs import refuse_cut_history
 from secorder_func.transforms.loss import Leaves, checked_scalar
 
-__all__ = ["DoubleBackward", "GGNDoubleBackward", "gradients", "or_zeros", "to_differentiate"]
+__all__ = [
+    "DoubleBackward",
+    "GGNDoubleBackward",
+    "gradients",
+    "or_zeros",
+    "plain_gradient",
+    "to_differentiate",
+]
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -166,6 +173,23 @@ def _cloned(outputs: Any) -> tuple[Any, Leaves]:
 def _recording() -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def plain_gradient(
+    loss: Callable[[Leaves], tuple[Tensor, Leaves]], leaves: Leaves, *, differentiable: bool
+) -> Leaves:
+    """Return the gradient of a loss by plain autograd, at tensors made for it."""
+    at = to_differentiate(leaves, differentiable=differentiable)
+
+    def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
+        value = loss(at)[0]
+        if not value.requires_grad:
+            return [None] * len(at)
+        return gradients([value], at, create_graph=differentiable)
+
+    with _recording():
+        found = evaluated(differentiate, forward=False, higher=differentiable, protect=at)
+    return or_zeros(found, at)
 
 
 def gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_count, check_like, check_number
+from secorder_func.errors import ArgumentError
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
+from secorder_func.transforms.double_backward import plain_gradient
 from secorder_func.transforms.loss import Leaves, flat_loss
+from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.transforms.torch_func import grad
 from secorder_func.typing import LossFn, Tree
 
@@ -81,10 +85,22 @@ def finite_difference_hvp(
             result: Leaves = grad(loss.at(forward=False, higher=False), has_aux=True)(leaves)[0]
             return result
 
+        def plain(leaves: Leaves) -> Leaves:
+            return plain_gradient(loss.plain, leaves, differentiable=outside)
+
+        outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
+        state = RandomState.now(loss.leaves)
+        difference = partial(central_difference, num_steps=num_steps, damping=damping)
         with out_of_inference_mode():
-            leaves = central_difference(
-                gradient, loss.leaves, vector, num_steps=num_steps, damping=damping
-            )
+            try:
+                leaves = difference(gradient, loss.leaves, vector)
+            except ArgumentError:
+                raise
+            except RuntimeError:  # what only plain autograd differentiates
+                if in_transform():
+                    raise
+                state.restore()
+                leaves = difference(plain, loss.leaves, vector)
         return loss.unflatten(leaves)
 
     return estimate

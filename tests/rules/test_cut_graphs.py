@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from secorder_func import CurvatureFallbackWarning, NoExactRouteError, hessian_operator, hvp
+from secorder_func import (
+    CurvatureFallbackWarning,
+    NoExactRouteError,
+    finite_difference_hvp,
+    hessian_operator,
+    hvp,
+)
 from tests import oracles
 
 P, V = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 2.0, -1.0]).double()
@@ -131,3 +137,23 @@ def test_reentrant_checkpointing_is_refused() -> None:
 
     with pytest.raises(NoExactRouteError, match="use_reentrant=False"):
         hvp(f)(P, V)
+
+
+def test_differences_of_what_only_plain_autograd_differentiates() -> None:
+    f = lambda p: PlainCube.apply(p).sum()  # noqa: E731
+    oracles.assert_same(finite_difference_hvp(f)(P, V), 6 * P * V, 1e-8)
+
+
+def test_differences_of_a_once_differentiable_function() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    oracles.assert_same(finite_difference_hvp(lambda p: Once.apply(p).sum())(P, V), 6 * P * V, 1e-8)
