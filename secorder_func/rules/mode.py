@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from secorder_func.rules.levels import JVP, differentiating_levels
 from secorder_func.rules.randomness import RandomState
-from secorder_func.rules.registry import REPAIRS, TRACED, DifferentiatesInside
+from secorder_func.rules.registry import REPAIRS, DifferentiatesInside
 from secorder_func.rules.state import Shadows, module_attributes_restored
 from secorder_func.rules.writes import redirected
 
@@ -105,7 +105,7 @@ class SecondOrderRules(TorchFunctionMode):
     def _repaired(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        repair = (TRACED if torch.compiler.is_compiling() else REPAIRS).get(func)
+        repair = REPAIRS.get(func)
         if repair is None:
             return func(*args, **kwargs)
         return repair.apply(self, *args, **kwargs)

@@ -63,9 +63,6 @@ class Repair:
 REPAIRS: dict[Any, Repair] = {}
 """Torch function -> its repair, as `SecondOrderRules` looks it up."""
 
-TRACED: dict[Any, Repair] = {}
-"""The same for Dynamo, without Python wrappers of operators (`__pow__`), over whose keys it stumbles (2.13)."""
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -77,8 +74,6 @@ def repairs(*functions: Any, because: str) -> Callable[[_F], _F]:
             if function in REPAIRS:
                 raise ValueError(f"two repairs for {function}")
             REPAIRS[function] = Repair(apply, because)
-            if not hasattr(function, "__wrapped__"):
-                TRACED[function] = REPAIRS[function]
         return apply
 
     return register
