@@ -29,6 +29,13 @@ T = TypeVar("T")
 _TENSOR: Any = torch.Tensor
 _GET_GRAD = _TENSOR.grad.__get__
 
+_METHODS: dict[Any, Any] = {
+    _TENSOR.__pow__: _TENSOR.pow,
+    _TENSOR.__ipow__: _TENSOR.pow_,
+    _TENSOR.norm: torch.norm,
+}
+"""Methods of tensors written in Python -> their name in the table, whose keys Dynamo must be able to look up."""
+
 
 class SecondOrderRules(TorchFunctionMode):
     """Repairs torch functions, exchanges tensors by identity, keeps writes from captured tensors."""
@@ -95,7 +102,7 @@ class SecondOrderRules(TorchFunctionMode):
         if args and not writes and isinstance(args[0], Tensor):
             self.shadows.note_captured(args[0])
 
-        result = self._repaired(func, args, kwargs)
+        result = self._repaired(_METHODS.get(func, func), args, kwargs)
         if touched and _holds_tensor(result):
             self.seen |= touched
         if self.shadows.remembers and func != _GET_GRAD:

@@ -138,9 +138,7 @@ _refuse(
     (
         torch.pow,
         torch.Tensor.pow,
-        torch.Tensor.__pow__,
         torch.Tensor.pow_,
-        torch.Tensor.__ipow__,
         torch.float_power,
         torch.Tensor.float_power,
     ),
@@ -176,7 +174,6 @@ _refuse(
 _IN_PLACE = "torch overwrites what its forward rule needs"
 _NORMS = (
     torch.norm,
-    torch.Tensor.norm,
     torch.linalg.norm,
     torch.linalg.vector_norm,
     torch.linalg.matrix_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from secorder_func import hvp
 from secorder_func.rules import REPAIRS, repairs
+from tests import oracles
 
 
 def test_every_repair_states_its_evidence() -> None:
@@ -20,6 +22,22 @@ def test_every_repair_states_its_evidence() -> None:
 def test_every_repair_has_a_callable_in_its_place() -> None:
     assert len(REPAIRS) > 10
     assert all(callable(repair.apply) for repair in REPAIRS.values())
+
+
+def test_no_repair_stands_under_a_name_that_dynamo_cannot_look_up() -> None:
+    untraced = {"backward", "register_hook"}  # no compiled loss calls them
+    methods = {n: f for n, f in vars(Tensor).items() if isinstance(f, FunctionType)}
+    assert not {n for n, f in methods.items() if f in REPAIRS} - untraced
+
+
+@pytest.mark.parametrize(
+    "f", [lambda p: p.norm() ** 3, lambda p: torch.norm(p) ** 3, lambda p: (p**4).prod()]
+)
+def test_what_is_refused_at_third_order_compiles_at_second(f: Any) -> None:
+    p, v = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(hvp(f), fullgraph=True, backend="aot_eager")
+    oracles.assert_same(compiled(p, v), oracles.hvp(f, p, v))
 
 
 def test_a_second_repair_of_one_function_is_refused() -> None:
