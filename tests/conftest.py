@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 # torch loads its forward rules at the first jvp of a process, with deprecation warnings of its own.
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=30)

@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 def _prepare_forward_mode() -> None:
     """Load torch's forward rules, which torch does at the first jvp with a warning of its own deprecations."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
