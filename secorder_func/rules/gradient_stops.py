@@ -26,8 +26,8 @@ def _set_grad_enabled(rules: Rules, mode: bool) -> None:
     torch._C._set_grad_enabled(mode)
     if rules.forward:
         torch._C._set_fwd_grad_enabled(mode)
-        if not torch.compiler.is_compiling():
-            torch.clear_autocast_cache()  # a weight cast under no_grad has no tangent
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()  # a weight cast under no_grad has no derivatives
 
 
 @repairs(_DATA.__get__, because=".data leaks derivatives of functorch levels, pytorch#128600")

@@ -29,8 +29,8 @@ def _tensor_split(rules: Rules, input: Tensor, *args: Any, **kwargs: Any) -> Any
 def _as_numbers(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    numbers: Any = unwrapped(value).tolist()
-    return tuple(numbers) if isinstance(numbers, list) else numbers
+    plain = unwrapped(value)  # not by tolist(), which torch 2.9 refuses inside a transform
+    return tuple(int(entry) for entry in plain) if plain.ndim else int(plain)
 
 
 _SCALAR_INDEX = "with a 0-dim index torch's rules for vmap of derivatives have wrong shapes"

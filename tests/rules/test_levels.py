@@ -60,7 +60,6 @@ def _penalty_by_jvp(norm: Any) -> Any:
     return f
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("penalty", [_penalty_by_grad, _penalty_by_jvp])
 @pytest.mark.parametrize("name", NORMS)
@@ -87,7 +86,6 @@ def _through_no_grad(p: Tensor) -> Tensor:
     return (scale * p**3).sum()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_no_grad_inside_the_loss_stops_an_outer_jvp_too(mode: Any) -> None:
     p, v = torch.tensor([0.5, 1.0, -2.0]).double(), torch.tensor([1.0, 2.0, 0.5]).double()
@@ -106,7 +104,6 @@ def oracles_third(q: Tensor, v: Tensor) -> Tensor:
     return 6 * (2 * q).detach() * q * v
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_an_outer_jvp_through_a_wrong_forward_rule_is_refused() -> None:
     index = torch.tensor([0, 0, 1, 1])
 

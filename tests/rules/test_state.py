@@ -53,7 +53,6 @@ ENTRY: dict[str, Callable[[problems.Problem, Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_raw_torch_cannot_pass_batch_norm_in_training_mode() -> None:
     problem = problems.load("cnn_batchnorm_train")
     v = oracles.random_like(problem.params, 1)

@@ -27,6 +27,7 @@ from tests.situations.entries import (
     every_entry,
     gauss_newton,
 )
+from tests.versions import BEFORE_2_10
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -103,6 +104,10 @@ def _assert_close(product: Any, name: str, dtype: torch.dtype, v: Any, half: Any
 @pytest.mark.parametrize("name", _networks())
 @every_entry
 def test_autocast_inside_the_loss(entry: str, name: str, dtype: torch.dtype) -> None:
+    if name == "mlp" and BEFORE_2_10:
+        pytest.skip(
+            "double backward of mse_loss under autocast, the oracle, fails before torch 2.10"
+        )
     case = _built(name)
     case = Case(Autocast(case.model, dtype), case.loss_fn, case.x, case.y)
     v = case.vector()

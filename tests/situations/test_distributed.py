@@ -28,6 +28,7 @@ from tests.situations.entries import (
     gauss_newton,
     mlp,
 )
+from tests.versions import BEFORE_2_10
 
 gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 pytestmark = pytest.mark.skipif(not gloo, reason="this torch has no gloo")
@@ -161,6 +162,8 @@ def test_the_wrapped_module_is_taken_under_its_own_names() -> None:
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
 @every_entry
 def test_a_fully_sharded_module_is_refused_and_still_trains(entry: str, kind: str) -> None:
+    if kind == "fully_shard" and BEFORE_2_10:
+        pytest.skip("fully_shard of torch 2.9 is refused with errors of its own")
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     model = mlp()
     twin = copy.deepcopy(model)

@@ -31,6 +31,7 @@ from tests.situations.entries import (
     double_backward,
     gauss_newton,
 )
+from tests.versions import needs_traceable_trees
 
 ALL = {**ENTRIES, **GAUSS_NEWTON}
 THREADS, PRODUCTS = 4, 50
@@ -226,6 +227,7 @@ def test_a_product_inside_the_loss_of_a_product_does_not_wait_for_itself() -> No
     torch.testing.assert_close(finished[0], 144 * 12 * w**3)
 
 
+@needs_traceable_trees
 def test_no_lock_is_taken_while_compiling() -> None:
     # Dynamo cannot trace a lock. A thread that holds ours must not stop a compiled product.
     released, holding = threading.Event(), threading.Event()

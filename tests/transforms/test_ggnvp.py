@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from secorder_func import ggnvp, hvp
 from tests import oracles, problems
+from tests.versions import needs_traceable_trees
 
 MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
 MODELS = problems.model_names()
@@ -151,6 +152,7 @@ def test_parameters_that_require_gradients_are_accepted() -> None:
     oracles.assert_same(gv, oracles.like(_dense(problem) @ oracles.flat(v), problem.params))
 
 
+@needs_traceable_trees
 @pytest.mark.parametrize("name", ["mlp_tanh", "encoder_train"])
 def test_compiled_without_graph_breaks_it_equals_eager(name: str) -> None:
     problem = problems.load(name)

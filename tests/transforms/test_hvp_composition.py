@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from secorder_func import hvp
 from tests import oracles, problems
+from tests.versions import needs_traceable_trees
 
 MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
 DETERMINISTIC = [
@@ -194,7 +195,7 @@ def test_the_hessian_of_a_quadratic_form_of_the_product_is_the_fourth_derivative
 # --------------------------------------------------------------------------------------- compile
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
+@needs_traceable_trees
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["mlp_tanh", "mlp_gelu", "encoder_train", "encoder_eval"])
 def test_compiled_without_graph_breaks_it_equals_eager(name: str, backend: str) -> None:
