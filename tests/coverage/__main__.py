@@ -13,7 +13,9 @@ from pathlib import Path
 
 import optree
 import torch
+from torch.overrides import resolve_name
 
+from secorder_func.rules import REPAIRS
 from tests.coverage.entry_points import Verdict, judge
 from tests.coverage.further import further_problems
 from tests.coverage.problems import Problem, module_problems, operator_problems
@@ -38,6 +40,14 @@ backward by plain autograd. {cases} cases; a wrong answer: {wrong}.
 `"auto"` (the transforms), an operator and the drop-in are right wherever one of the first three columns has a tick:
 they take the first mode that works. The last column is `vmap` of `hvp` over several vectors; where it has none,
 `hessian_operator(f, params).mm(vectors)` serves.
+
+"""
+
+
+RULES = """\
+What every loss is evaluated under, `secorder_func.rules.REPAIRS`. A rule may apply to some arguments, or to some orders
+of derivatives only; its module says which. The tests show torch wrong without the dangerous ones, so that a torch that
+mends them is noticed; torch 2.14.1 mends none.
 
 """
 
@@ -77,7 +87,22 @@ def _page(cases: dict[str, list[dict[str, Verdict]]]) -> str:
         ("Other operators", others),
     ):
         text += f"\n## {title}\n\n" + _table(names, cases)
-    return text
+    return text + "\n## The rules\n\n" + RULES + _rules()
+
+
+def _rules() -> str:
+    """Return the table of repairs, the functions with one reason in one module together."""
+    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for function, repair in REPAIRS.items():
+        module = repair.apply.__module__.rsplit(".", 1)[-1]
+        name = resolve_name(function) or getattr(function, "__qualname__", str(function))
+        short = name.removeprefix("torch.").removeprefix("_VariableFunctionsClass.")
+        rows[module, repair.because].append(short)
+    lines = ["| in `rules/` | functions | because |", "|---|---|---|"]
+    for (module, because), names in sorted(rows.items()):
+        functions = ", ".join(f"`{name}`" for name in sorted(set(names)))
+        lines.append(f"| `{module}` | {functions} | {because} |")
+    return "\n".join(lines) + "\n"
 
 
 def _exceptions(cases: dict[str, list[dict[str, Verdict]]]) -> str:

@@ -170,7 +170,7 @@ def function_problem(
 # ------------------------------------------------------------------------------------- operators
 
 
-def operator_problems(samples: int) -> Iterator[Problem]:
+def operator_problems(samples: int, seed: int = 0) -> Iterator[Problem]:
     """Yield the first `samples` differentiable cases of every operator of torch's database, in float64."""
     from torch.testing._internal.common_methods_invocations import op_db
 
@@ -178,7 +178,7 @@ def operator_problems(samples: int) -> Iterator[Problem]:
         if not op.supports_autograd or torch.float64 not in op.supported_dtypes("cpu"):
             continue
         found = 0
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         subject = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
         for index, sample in enumerate(op.sample_inputs("cpu", torch.float64, requires_grad=True)):
             if found == samples:

@@ -136,6 +136,12 @@ def test_the_whole_operator_database_is_right_in_every_way_or_refused() -> None:
     assert check(operator_problems(20)) > 4000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_other_values_every_operator_is_right_in_every_way_or_refused(seed: int) -> None:
+    assert check(operator_problems(2, seed)) > 900
+
+
 def test_at_most_twelve_operators_are_refused() -> None:
     assert len(REFUSED) <= 12
 

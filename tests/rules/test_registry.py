@@ -13,6 +13,7 @@ from torch import Tensor
 from secorder_func import hvp
 from secorder_func.rules import REPAIRS, repairs
 from tests import oracles
+from tests.versions import needs_traceable_trees
 
 
 def test_every_repair_states_its_evidence() -> None:
@@ -30,6 +31,7 @@ def test_no_repair_stands_under_a_name_that_dynamo_cannot_look_up() -> None:
     assert not {n for n, f in methods.items() if f in REPAIRS} - untraced
 
 
+@needs_traceable_trees
 @pytest.mark.parametrize(
     "f", [lambda p: p.norm() ** 3, lambda p: torch.norm(p) ** 3, lambda p: (p**4).prod()]
 )
