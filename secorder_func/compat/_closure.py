@@ -128,7 +128,7 @@ def plain_product(
         return loss
 
     product = DoubleBackward(evaluate, params, create_graph=create_graph)
-    if all(g is None for g in product.gradient):
+    if not product.seen and all(g is None for g in product.gradient):
         raise no_dependence(where)
     return product
 

@@ -50,6 +50,13 @@ class DoubleBackward:
         Where to differentiate; tensors that require gradients.
     create_graph
         Whether products can be differentiated again.
+
+    Attributes
+    ----------
+    gradient
+        Its leaves, None where the loss does not depend on a parameter or has no derivative in it.
+    seen
+        The ids of the parameters that a torch function of the loss was given.
     """
 
     def __init__(
@@ -58,9 +65,11 @@ class DoubleBackward:
         self.params = params
         self.create_graph = create_graph
         self.higher = create_graph
+        self.seen: set[int] = set()
 
         def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
             loss = evaluate()
+            self.seen = rules.seen
             if not loss.requires_grad:
                 return [None] * len(params)
             refuse_cut_history([loss.grad_fn])
@@ -69,7 +78,11 @@ class DoubleBackward:
 
         with _recording():
             self.gradient = evaluated(
-                differentiate, forward=False, higher=create_graph, protect=params
+                differentiate,
+                forward=False,
+                higher=create_graph,
+                exchange=[(p, p) for p in params],  # to see which are used
+                protect=params,
             )
         refuse_cut_history([g.grad_fn for g in self.gradient if g is not None and g.requires_grad])
 

@@ -510,3 +510,11 @@ def test_a_gradient_penalty_through_layer_norm_is_exact() -> None:
             found = exact_hvp(func, params, v, create_graph=create_graph)
             oracles.assert_same([h.detach() for h in found], expected)
         oracles.assert_same(approximate_hvp(func, params, v), expected, 1e-7)
+
+
+def test_with_a_graph_a_parameter_that_is_used_without_a_derivative_has_zeros() -> None:
+    w, u = _w(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    func = lambda: (w > 0).sum() * (u**3).sum()  # noqa: E731
+    assert torch.equal(exact_hvp(func, [w], _v(), create_graph=True), torch.zeros_like(w))
+    (hu,) = exact_hvp(func, [u], [u.detach()], create_graph=True)
+    assert torch.equal(hu, 6.0 * (w > 0).sum() * torch.ones_like(u))

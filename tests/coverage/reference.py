@@ -111,7 +111,7 @@ def truth_of(problem: Problem, v: Any) -> Truth:
         return Truth(rows[best], DIFFERENCE, exact)
     # What a difference of the smallest step carries of the gradient's own rounding; an answer has as much.
     rounding = 10 * gaps[-1] * STEPS[-1]
-    return Truth(exact, max(tolerance, min(rounding, 1e-6)), exact, why)
+    return Truth(exact, max(tolerance, min(rounding, 1e-6 if double else 1e-3)), exact, why)
 
 
 def _attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
