@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-__all__ = ["JVP", "differentiating_levels", "innermost_is_vmap", "mapping", "unwrapped"]
+__all__ = [
+    "JVP",
+    "differentiating_levels",
+    "innermost_is_vmap",
+    "mapping",
+    "requires_gradients",
+    "unwrapped",
+]
 
 JVP = _functorch.TransformType.Jvp
 _VMAP = _functorch.TransformType.Vmap
@@ -33,6 +40,13 @@ def _kinds() -> list[Any]:
     if torch.compiler.is_compiling():
         return []
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
+
+
+def requires_gradients(tensor: Tensor) -> bool:
+    """Say whether some level, or plain autograd, takes the gradient in a tensor."""
+    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

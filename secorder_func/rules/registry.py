@@ -44,7 +44,7 @@ class Rules(Protocol):
         """Switch the rules on again for what the repair calls."""
 
 
-class DifferentiatesInside(Exception):  # noqa: N818 - a signal, not an error
+class DifferentiatesInside(BaseException):
     """The loss takes a derivative that its own derivatives run through."""
 
 

@@ -48,7 +48,8 @@ class Shadows:
 
     def note_captured(self, tensor: Tensor) -> None:
         """Remember a captured tensor that the loss uses: the result may be a view of it."""
-        if self.is_captured(tensor) and not tensor.requires_grad:
+        # In this order: while torch words an error of a backward pass, looking at grad_fn waits for ever (2.13).
+        if not tensor.requires_grad and self.is_captured(tensor):
             self.captured.setdefault(_storage(tensor), tensor)
 
     def note_born(self, result: Any) -> None:
@@ -63,7 +64,7 @@ class Shadows:
             return False
         if not self.remembers:
             return True
-        if tensor.grad_fn is not None:
+        if tensor.requires_grad and tensor.grad_fn is not None:
             return False
         made_here = self.born.get(id(tensor))
         return made_here is None or made_here() is not tensor

@@ -301,3 +301,75 @@ def test_dropout_of_what_is_not_contiguous_has_the_mask_of_a_plain_evaluation(mo
     expected = oracles.hvp(f, P, V)
     torch.manual_seed(5)
     oracles.assert_same(hvp(f, mode=mode)(P, V), expected)
+
+
+# ------------------------------------------------------------------- found by trying to break it
+
+
+quiet_sparse = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own
+
+
+def _graph(values: Tensor) -> Tensor:
+    edges = torch.tensor([[0, 1, 2, 3, 0, 2], [1, 2, 3, 0, 3, 1]])
+    return torch.tanh(torch.sparse_coo_tensor(edges, values, (4, 4)) @ X).pow(2).sum()
+
+
+def _dense_graph(values: Tensor) -> Tensor:
+    places = torch.tensor([1, 6, 11, 12, 3, 9])
+    dense = torch.zeros(16, dtype=values.dtype).index_put((places,), values).reshape(4, 4)
+    return torch.tanh(dense @ X).pow(2).sum()
+
+
+@quiet_sparse
+def test_learned_values_of_a_sparse_tensor_are_refused() -> None:
+    for make in (lambda: hvp(_graph)(P, V), lambda: hessian_operator(_graph, P)):
+        with pytest.raises(NoExactRouteError, match="sparse_coo_tensor in its values"):
+            make()
+
+
+@quiet_sparse
+def test_constant_values_of_a_sparse_tensor_are_exact() -> None:
+    edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+
+    def f(p: Tensor) -> Tensor:
+        weights = torch.sparse_coo_tensor(edges, torch.ones(3).double(), (4, 4))
+        return (weights @ (X * p[:3])).sin().sum()
+
+    oracles.assert_same(hvp(f)(P, V), oracles.hvp(f, P, V))
+
+
+@quiet_sparse
+def test_without_the_rule_learned_values_are_silently_wrong() -> None:
+    right = oracles.hvp(_dense_graph, P, V)
+    assert oracles.relative_error(oracles.hvp(_graph, P, V), right) > 1e-2
+
+
+@pytest.mark.parametrize("make", [lambda f: hvp(f)(P, V), lambda f: hessian_operator(f, P)])
+def test_a_loss_that_torch_cannot_differentiate_raises_its_own_error(make: Any) -> None:
+    def f(p: Tensor) -> Tensor:
+        q = p.clone()
+        q[0:2].mul_(q[2:4])
+        return (q**2).sum()
+
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        make(f)
+
+
+def test_an_except_clause_of_the_loss_does_not_swallow_the_rules() -> None:
+    def inner(p: Tensor) -> Tensor:
+        return F.layer_norm(p.reshape(2, 3), (3,)).exp().square().sum()
+
+    def f(p: Tensor) -> Tensor:
+        try:
+            (g,) = torch.autograd.grad(inner(p), p, create_graph=True)
+        except Exception:
+            g = torch.zeros_like(p)
+        return g.square().sum()
+
+    def plain(p: Tensor) -> Tensor:
+        x = _normalised(p.reshape(2, 3), 1e-5)
+        (g,) = torch.autograd.grad(x.exp().square().sum(), p, create_graph=True)
+        return g.square().sum()
+
+    p = P.clone().requires_grad_()
+    oracles.assert_same(exact_hvp(lambda: f(p), [p], V), oracles.hvp(plain, P, V), 1e-9)
