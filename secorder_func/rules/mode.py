@@ -122,7 +122,8 @@ class SecondOrderRules(TorchFunctionMode):
         if isinstance(value, Tensor):
             known = self.shadows.replaced.get(id(value))
             if known is None:
-                return value
+                alias = self.shadows.alias(value) if self.shadows.written else None
+                return value if alias is None else alias
             touched.add(id(value))
             return known[1]
         if type(value) is tuple or type(value) is list:

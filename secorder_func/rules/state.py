@@ -39,6 +39,7 @@ class Shadows:
         self.born: dict[int, weakref.ref[Tensor]] = {}
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
+        self.written: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.protected: set[int] = set()
 
     def protect(self, tensors: Iterable[Tensor]) -> None:
@@ -93,10 +94,28 @@ class Shadows:
         self.replaced[id(tensor)] = (tensor, view)
         return view
 
+    def alias(self, tensor: Tensor) -> Tensor | None:
+        """Return what stands for a tensor whose memory the loss has written to by another name, None if it has not."""
+        for base, copy in self.written.get(_storage(tensor), ()):
+            first, last = _extent(tensor)
+            start, end = _extent(base)
+            if last < start or end < first:
+                continue
+            if tensor.dtype != base.dtype or copy.stride() != base.stride():
+                raise _shared()
+            if first < start or last > end:
+                raise _shared()
+            offset = copy.storage_offset() + tensor.storage_offset() - base.storage_offset()
+            view = copy.as_strided(tensor.size(), tensor.stride(), offset)
+            self.replaced[id(tensor)] = (tensor, view)
+            return view
+        return None
+
     def _copy_of(self, base: Tensor) -> Tensor:
         if id(base) not in self.replaced:
             copy = base.detach().clone() if self.level <= 0 else base.clone()
             self.replaced[id(base)] = (base, copy)
+            self.written.setdefault(_storage(base), []).append((base, copy))
             self.note_born(copy)
         return self.replaced[id(base)][1]
 
@@ -108,6 +127,20 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without a storage of their own
         return id(tensor)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Return the first and the last place of a tensor's entries in its storage."""
+    first = int(tensor.storage_offset())
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return first, first + sum((size - 1) * stride for size, stride in steps)
+
+
+def _shared() -> RuntimeError:
+    return RuntimeError(
+        "the loss writes to a captured tensor and reads its memory through another one, which is not part of it; "
+        "write through the tensor that owns the memory, or clone one of them"
+    )
 
 
 def _current_level() -> int:

@@ -19,6 +19,7 @@ from secorder_func import (
     hvp,
     hvp_and_grad,
 )
+from secorder_func.compat.core.hvp import exact_hvp
 from tests import oracles, problems
 
 MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
@@ -255,3 +256,60 @@ def test_the_users_own_exception_reaches_the_caller(
 def test_torchs_own_error_of_a_plain_mistake_reaches_the_caller() -> None:
     with pytest.raises(RuntimeError, match="must match the size of tensor b"):
         hvp(lambda p: (p + torch.ones(3)).sum())(torch.ones(2), torch.ones(2))
+
+
+# ------------------------------------------------------------------- memory under two names
+
+
+def _by_slice(flat: Tensor, part: Tensor, p: Tensor) -> Tensor:
+    with torch.no_grad():
+        flat[:3].copy_(p * 2)
+    return (part * p**2).sum()
+
+
+def _by_item(flat: Tensor, part: Tensor, p: Tensor) -> Tensor:
+    flat[:3] = p.detach() * 2
+    return (part * p**2).sum()
+
+
+@pytest.mark.parametrize("kind", [_by_slice, _by_item])
+@pytest.mark.parametrize("way", ["hvp", "operator", "adapter", "double_backward"])
+def test_what_is_written_by_one_name_is_read_by_another(kind: Any, way: str) -> None:
+    p, v = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([1.0, 3.0, -1.0]).double()
+    flat = torch.zeros(6, dtype=torch.float64)
+    part = flat[:3]
+    f = lambda q: kind(flat, part, q)  # noqa: E731
+    if way == "adapter":
+        w = p.clone().requires_grad_()
+        hv = exact_hvp(lambda: f(w), [w], v)
+    elif way == "operator":
+        hv = hessian_operator(f, p) @ v
+    else:
+        hv = hvp(f, mode="auto" if way == "hvp" else way)(p, v)
+    oracles.assert_same(hv, 4 * p * v)  # the Hessian of 2 c p^2, c held constant at p
+    assert not flat.any()
+
+
+def test_memory_that_is_only_partly_written_is_refused() -> None:
+    flat = torch.zeros(6, dtype=torch.float64)
+    part = flat[:3]
+
+    def f(p: Tensor) -> Tensor:
+        part.copy_(p.detach() ** 2)
+        return (flat[:3] * p).sum()
+
+    with pytest.raises(RuntimeError, match="through another one"):
+        hvp(f)(torch.ones(3).double(), torch.ones(3).double())
+
+
+def test_neighbours_in_one_memory_do_not_disturb_each_other() -> None:
+    flat = torch.zeros(6, dtype=torch.float64)
+    one, two = flat[:3], flat[3:]
+
+    def f(p: Tensor) -> Tensor:
+        one.copy_(p.detach())
+        two.copy_(p.detach() * 2)
+        return (one * p**2 + two * p**2).sum()
+
+    p, v = torch.tensor([1.0, -2.0, 0.5]).double(), torch.ones(3).double()
+    oracles.assert_same(hvp(f)(p, v), 6 * p * v)
