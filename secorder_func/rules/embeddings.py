@@ -27,9 +27,8 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    unusual = max_norm is not None or scale_grad_by_freq or sparse
-    if mode == "max" and torch.compiler.is_compiling():
-        unusual = True
+    traced_max = mode == "max" and torch.compiler.is_compiling()
+    unusual = max_norm is not None or scale_grad_by_freq or sparse or traced_max
     if unusual or mode not in ("sum", "mean", "max") or input.ndim != (2 if offsets is None else 1):
         return F.embedding_bag(
             input,

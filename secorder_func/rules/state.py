@@ -86,13 +86,7 @@ class Shadows:
         copy = self._copy_of(base)
         if base is tensor:
             return copy
-        view = copy.as_strided(
-            tensor.size(),
-            tensor.stride(),
-            copy.storage_offset() + tensor.storage_offset() - base.storage_offset(),
-        )
-        self.replaced[id(tensor)] = (tensor, view)
-        return view
+        return self._view_of(copy, base, tensor)
 
     def alias(self, tensor: Tensor) -> Tensor | None:
         """Return what stands for a tensor whose memory the loss has written to by another name, None if it has not."""
@@ -105,11 +99,15 @@ class Shadows:
                 raise _shared()
             if first < start or last > end:
                 raise _shared()
-            offset = copy.storage_offset() + tensor.storage_offset() - base.storage_offset()
-            view = copy.as_strided(tensor.size(), tensor.stride(), offset)
-            self.replaced[id(tensor)] = (tensor, view)
-            return view
+            return self._view_of(copy, base, tensor)
         return None
+
+    def _view_of(self, copy: Tensor, base: Tensor, tensor: Tensor) -> Tensor:
+        """Return the part of a copy that a tensor is of its base, and remember it as the tensor's stand-in."""
+        offset = copy.storage_offset() + tensor.storage_offset() - base.storage_offset()
+        view = copy.as_strided(tensor.size(), tensor.stride(), offset)
+        self.replaced[id(tensor)] = (tensor, view)
+        return view
 
     def _copy_of(self, base: Tensor) -> Tensor:
         if id(base) not in self.replaced:
