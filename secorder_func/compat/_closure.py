@@ -18,10 +18,11 @@ from secorder_func.compat._visibility import Unused, no_dependence, refuse_hidde
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
 from secorder_func.rules import SecondOrderRules
-from secorder_func.transforms.double_backward import DoubleBackward, GGNDoubleBackward
+from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.gauss_newton import FlatModel, ggn_forward, ggn_pullbacks
 from secorder_func.transforms.hessian import forward_over_reverse, reverse_over_reverse
 from secorder_func.transforms.loss import FlatLoss, checked_scalar
+from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import first_exact
 
 __all__ = ["gauss_newton", "hessian_operator_of", "hessian_product", "plain_product"]

@@ -25,9 +25,9 @@ from secorder_func.errors import (
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.randomness import RandomState
-from secorder_func.transforms.double_backward import gradients, or_zeros
 from secorder_func.transforms.finite_difference import central_difference
 from secorder_func.transforms.loss import checked_scalar
+from secorder_func.transforms.plain_autograd import gradients, or_zeros
 
 __all__ = ["closure_difference"]
 

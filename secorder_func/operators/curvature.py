@@ -16,7 +16,7 @@ from secorder_func.operators.linear_operator import LinearOperator
 from secorder_func.rules.cut_graphs import may_fail
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
-from secorder_func.transforms.double_backward import DoubleBackward, to_differentiate
+from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.gauss_newton import (
     flat_model,
@@ -26,6 +26,7 @@ from secorder_func.transforms.gauss_newton import (
 )
 from secorder_func.transforms.hessian import forward_over_reverse
 from secorder_func.transforms.loss import LeafLoss, Leaves, flat_loss
+from secorder_func.transforms.plain_autograd import to_differentiate
 from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,

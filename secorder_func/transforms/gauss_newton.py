@@ -15,9 +15,10 @@ from secorder_func.checks import check_callable, check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
-from secorder_func.transforms.double_backward import GGNDoubleBackward, to_differentiate
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import Leaves, checked_scalar
+from secorder_func.transforms.plain_autograd import to_differentiate
+from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,

@@ -11,13 +11,10 @@ import torch
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_like
 from secorder_func.rules.inference import without_inference_tensors
-from secorder_func.transforms.double_backward import (
-    DoubleBackward,
-    or_zeros,
-    to_differentiate,
-)
+from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
+from secorder_func.transforms.plain_autograd import or_zeros, to_differentiate
 from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,

@@ -1,0 +1,123 @@
+"""Derivatives by plain autograd, outside all of torch.func's transforms, where tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func.errors import ArgumentError, NoExactRouteError
+from secorder_func.rules.backward import grad_under_rules
+from secorder_func.transforms.loss import Leaves
+
+__all__ = [
+    "gradients",
+    "or_zeros",
+    "paired",
+    "pull",
+    "pull_several",
+    "recording",
+    "to_differentiate",
+]
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record a graph whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def to_differentiate(leaves: Leaves, *, differentiable: bool) -> Leaves:
+    """Return tensors with the values of `leaves` to differentiate in, with their history if `differentiable`."""
+    with recording():
+        return tuple(
+            leaf.view_as(leaf)
+            if differentiable and leaf.requires_grad
+            else leaf.detach().requires_grad_()
+            for leaf in leaves
+        )
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Leaves, cotangents: Any = None, **options: Any
+) -> list[Tensor | None]:
+    """Return autograd's derivatives, None for an input that no output depends on."""
+    try:
+        with _hooks_set_aside(inputs):
+            found: Any = grad_under_rules(outputs, inputs, cotangents, allow_unused=True, **options)
+    except ArgumentError:
+        raise
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise NoExactRouteError(
+            f"torch has no derivative here: {cause}. Replace the function that this names; where only the second "
+            "derivative is missing, approximate_hvp estimates the product."
+        ) from error
+    return list(found)
+
+
+@contextmanager
+def _hooks_set_aside(tensors: Leaves) -> Iterator[None]:
+    """Take the hooks off tensors: what they do to a gradient is no part of the function."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
+def or_zeros(found: Sequence[Tensor | None], like: Leaves) -> Leaves:
+    """Return zeros in the place of missing derivatives."""
+    pairs = zip(found, like, strict=True)
+    return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in pairs)
+
+
+def paired(outputs: Sequence[Tensor | None], cotangents: Leaves) -> Pairs:
+    """Return the pairs whose output has a derivative of its own."""
+    zipped = zip(outputs, cotangents, strict=True)
+    return [(z, v) for z, v in zipped if z is not None and z.requires_grad]
+
+
+def pull(pairs: Pairs, params: Leaves, *, create_graph: bool) -> Leaves:
+    """Return the derivative of `sum(<output, cotangent>)` in `params`, zeros where there is none.
+
+    Graphs are kept: a part of them may be the user's.
+    """
+    if not pairs:
+        return tuple(torch.zeros_like(p) for p in params)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = gradients(outputs, params, cotangents, retain_graph=True, create_graph=create_graph)
+    return or_zeros(found, params)
+
+
+def pull_several(pairs: Pairs, params: Leaves, create_graph: bool, count: int) -> Leaves:
+    """Do the same for `count` cotangents stacked along a leading axis, batched where torch can."""
+    zeros = tuple(p.new_zeros((count, *p.shape)) for p in params)
+    if not pairs:
+        return zeros
+    outputs, cotangents = zip(*pairs, strict=True)
+    try:
+        found = gradients(
+            outputs,
+            params,
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=True,
+        )
+    except RuntimeError:  # no batching rule: one by one
+        rows = [
+            pull(list(zip(outputs, row, strict=True)), params, create_graph=create_graph)
+            for row in zip(*cotangents, strict=True)
+        ]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return tuple(z if h is None else h for h, z in zip(found, zeros, strict=True))
