@@ -16,7 +16,10 @@ __all__ = [
     "Leaves",
     "Vector",
     "check_func",
+    "checked_cotangent",
+    "checked_cotangents",
     "checked_params",
+    "checked_stack",
     "checked_vector",
     "model_parameters",
     "require_gradients",
@@ -114,6 +117,67 @@ def checked_vector(v: Any, params: Leaves, where: str, name: str = "v") -> Vecto
     return Vector(leaves, list)
 
 
+def checked_stack(vs: Any, params: Leaves, where: str) -> Leaves:
+    """Return a batch of vectors, in any of the documented forms, as `(batch, *p.shape)` for each parameter."""
+    tensors = [vs] if isinstance(vs, Tensor) else vs
+    if isinstance(tensors, dict) or not isinstance(tensors, Iterable):
+        given = type(vs).__name__
+        _refuse_type(where, f"vs must be a tensor or a list of tensors, got {given}", _BATCH)
+    tensors = list(tensors)
+    counts = []
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            _refuse_type(
+                where, f"vs[{index}] must be a tensor, got {type(tensor).__name__}", _BATCH
+            )
+        if tensor.ndim == 0:
+            _refuse(where, f"vs[{index}] must have a leading axis, the batch, got a scalar", _BATCH)
+        counts.append(tensor.shape[0])
+    if len(set(counts)) > 1:
+        _refuse(where, f"vs must have one batch size. Got {counts}", _BATCH)
+    count = counts[0] if counts else 0
+
+    # Every row is checked as one vector: the first, or zeros where the batch is empty.
+    rows = [t[0] if count else t.new_zeros(t.shape[1:]) for t in tensors]
+    checked_vector(rows[0] if isinstance(vs, Tensor) else rows, params, where, "each of vs")
+    if isinstance(vs, Tensor) and not (len(params) == 1 and rows[0].shape == params[0].shape):
+        tensors = list(vs.split([p.numel() for p in params], dim=1))
+    return tuple(
+        tensor.reshape(count, *p.shape).to(p) for tensor, p in zip(tensors, params, strict=True)
+    )
+
+
+def checked_cotangent(v: Any, output: Tensor, where: str) -> Tensor:
+    """Return `v` in the shape of the output; refuse what has not as many entries."""
+    return _checked_cotangents(v, output, (), "v", where)
+
+
+def checked_cotangents(vs: Any, output: Tensor, where: str) -> Tensor:
+    """Return `vs` as `(batch, *output.shape)`; refuse rows that have not as many entries as the output."""
+    if isinstance(vs, Tensor) and vs.ndim == 0:
+        _refuse(where, "vs must have a leading axis, the batch, got a scalar", _COTANGENTS)
+    batch = tuple(vs.shape[:1]) if isinstance(vs, Tensor) else ()
+    return _checked_cotangents(vs, output, batch, "vs", where)
+
+
+def _checked_cotangents(
+    v: Any, output: Tensor, batch: tuple[int, ...], name: str, where: str
+) -> Tensor:
+    mend = _COTANGENTS if batch else "Build it with torch.randn_like(output)"
+    if not isinstance(v, Tensor):
+        _refuse_type(where, f"{name} must be a tensor, got {type(v).__name__}", mend)
+    shape = (*batch, *output.shape)
+    if v.numel() != torch.Size(shape).numel():
+        problem = f"{name} must match the output. Expected shape {shape}, got {tuple(v.shape)}"
+        _refuse(where, problem, mend)
+    _check_kind(v, output.dtype, output.device, name, where, like="the output")
+    return v.reshape(shape)
+
+
+_BATCH = "Build vs with [torch.randn(batch, *p.shape) for p in params], or flat, (batch, n)"
+_COTANGENTS = "Build vs with torch.randn(batch, *output.shape)"
+
+
 def _flat_vector(v: Tensor, params: Leaves, where: str, name: str) -> Vector:
     sizes = [param.numel() for param in params]
     if v.ndim != 1 or v.numel() != sum(sizes):
@@ -150,13 +214,18 @@ def _check_leaf(leaf: Tensor, param: Tensor, name: str, where: str) -> None:
 
 
 def _check_kind(
-    leaf: Tensor, dtype: torch.dtype, device: torch.device, name: str, where: str
+    leaf: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+    where: str,
+    like: str = "params",
 ) -> None:
     if leaf.dtype != dtype:
-        problem = f"{name} must match params. Expected dtype {dtype}, got {leaf.dtype}"
+        problem = f"{name} must match {like}. Expected dtype {dtype}, got {leaf.dtype}"
         _refuse(where, problem, f"Convert it with {name}.to({dtype})")
     if leaf.device != device:
-        problem = f"{name} must match params. Expected device {device}, got {leaf.device}"
+        problem = f"{name} must match {like}. Expected device {device}, got {leaf.device}"
         _refuse(where, problem, f"Move it with {name}.to({str(device)!r})")
 
 

@@ -17,6 +17,6 @@ def chunks(count: int, size: int | None, where: str) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def default_chunk_size(n: int) -> int:
-    """Return how many vectors of `n` entries to multiply at once: 4 million entries, at most 64 vectors."""
-    return max(1, min(64, 2**22 // max(1, n)))
+def default_chunk_size(n: int, *, at_most: int = 64) -> int:
+    """Return how many vectors of `n` entries to multiply at once: 4 million entries, at most so many vectors."""
+    return max(1, min(at_most, 2**22 // max(1, n)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.backward import grad_under_rules
@@ -101,23 +103,30 @@ def pull(pairs: Pairs, params: Leaves, *, create_graph: bool) -> Leaves:
 
 def pull_several(pairs: Pairs, params: Leaves, create_graph: bool, count: int) -> Leaves:
     """Do the same for `count` cotangents stacked along a leading axis, batched where torch can."""
-    zeros = tuple(p.new_zeros((count, *p.shape)) for p in params)
     if not pairs:
-        return zeros
+        return tuple(p.new_zeros((count, *p.shape)) for p in params)
     outputs, cotangents = zip(*pairs, strict=True)
+    missing: set[int] = set()
+
+    def one(cotangents: Leaves) -> Leaves:
+        found = gradients(outputs, params, cotangents, retain_graph=True, create_graph=create_graph)
+        missing.update(index for index, g in enumerate(found) if g is None)
+        return tuple(g for g in found if g is not None)
+
     try:
-        found = gradients(
-            outputs,
-            params,
-            cotangents,
-            retain_graph=True,
-            create_graph=create_graph,
-            is_grads_batched=True,
-        )
+        with warnings.catch_warnings():  # the user did not ask for vmap
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            batched: Leaves = vmap(one, randomness="same")(cotangents)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # no batching rule: one by one
         rows = [
             pull(list(zip(outputs, row, strict=True)), params, create_graph=create_graph)
             for row in zip(*cotangents, strict=True)
         ]
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-    return tuple(z if h is None else h for h, z in zip(found, zeros, strict=True))
+    found = iter(batched)
+    return tuple(
+        p.new_zeros((count, *p.shape)) if index in missing else next(found)
+        for index, p in enumerate(params)
+    )

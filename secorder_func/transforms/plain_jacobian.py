@@ -29,7 +29,8 @@ class PlainJacobian:
     """The Jacobian `J` of some outputs in some parameters, known by its products with both sides.
 
     The outputs are evaluated here, once. `J^T u` is a backward pass; `J v` is the derivative of `J^T u` in `u`, which
-    is linear in it: another pass, through a graph that is made when it is first asked for.
+    is linear in it: another pass, through a graph that is made when it is first asked for, and for which every function
+    must be differentiable twice.
 
     Parameters
     ----------
@@ -59,7 +60,8 @@ class PlainJacobian:
 
         def run(rules: SecondOrderRules) -> Leaves:
             outputs = evaluate()
-            refuse_cut_history([z.grad_fn for z in outputs if z.grad_fn is not None])
+            if create_graph:
+                refuse_cut_history(_roots(outputs))
             self.higher = rules.higher
             return outputs
 
@@ -97,12 +99,14 @@ class PlainJacobian:
         """Return cotangents at zero and `J^T u` as a function of them."""
         if self._pulled is not None:
             return self._pulled
+        refuse_cut_history(_roots(self.outputs))
         with self.under_rules():
             cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in self.outputs)
             pairs = paired(self.outputs, cotangents)
-            pulled = gradients(
-                [z for z, _ in pairs], self.params, [u for _, u in pairs], create_graph=True
-            )
+            pulled: list[Tensor | None] = [None] * len(self.params)
+            if pairs:
+                outputs, used = zip(*pairs, strict=True)
+                pulled = gradients(outputs, self.params, used, create_graph=True)
         self._pulled = cotangents, pulled
         return self._pulled
 
@@ -111,6 +115,10 @@ class PlainJacobian:
         """Differentiate as the outputs were evaluated."""
         with recording(), evaluation(forward=False, higher=self.higher, protect=self.params):
             yield
+
+
+def _roots(outputs: Leaves) -> list[Any]:
+    return [z.grad_fn for z in outputs if z.grad_fn is not None]
 
 
 class GGNDoubleBackward:

@@ -64,10 +64,9 @@ def exact_hvp(
 
     Notes
     -----
-    The closure becomes a pure function by exchanging the parameters; the product is `vjp(grad(f))`, about three
-    gradients, then `jvp(grad(f))`, then double backward, where torch cannot do the one before. Parameters, their
+    Double backward, about three gradients; `vjp(grad(f))` where a part of the loss is compiled. Parameters, their
     `.grad`, buffers and module attributes are left bit-identical, also when the closure raises; the random state is
-    left as one plain evaluation leaves it. With `create_graph=True` it is double backward.
+    left as one plain evaluation leaves it.
 
     Examples
     --------

@@ -1,0 +1,180 @@
+"""The Jacobian of a closure's output in its parameters, where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.compat._arguments import Leaves
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.operators.chunks import chunks, default_chunk_size
+from secorder_func.transforms.plain_jacobian import PlainJacobian
+from secorder_func.transforms.policy import first_exact
+
+__all__ = ["ClosureJacobian"]
+
+T = TypeVar("T")
+
+
+class ClosureJacobian:
+    """The Jacobian of a closure whose output is one tensor; the closure is evaluated here, once.
+
+    By plain autograd, which differentiates the parameters where they are, so that none can hide. Parameters that the
+    output does not use get zeros.
+
+    Parameters
+    ----------
+    func
+        A closure that returns a tensor of any shape.
+    params
+        Distinct tensors that require gradients.
+    create_graph
+        Whether products can be differentiated again.
+    where
+        The public function, for messages.
+
+    Attributes
+    ----------
+    output
+        What was evaluated.
+    """
+
+    def __init__(
+        self, func: Callable[[], Any], params: Leaves, *, create_graph: bool, where: str
+    ) -> None:
+        def evaluate() -> Leaves:
+            return (_checked_output(func(), where),)
+
+        self.where = where
+        self.params = params
+        self._plain = PlainJacobian(evaluate, params, create_graph=create_graph)
+        (self.output,) = self._plain.outputs
+        self._height = self.output.numel()
+        self._width = sum(p.numel() for p in params)
+        self._size = default_chunk_size(max(self._width, self._height))
+        self._is_real = not any(t.is_complex() for t in (self.output, *params))
+
+    def push(self, vector: Leaves) -> Tensor:
+        """Return `J v`, shaped like the output."""
+        if self._is_real and self._height == 1:  # the gradient is all there is
+            pairs = zip(vector, self.pull(torch.ones_like(self.output)), strict=True)
+            terms = [(v * g).sum().to(self.output) for v, g in pairs]
+            return torch.stack(terms).sum().reshape(self.output.shape)
+        return self._first_exact(
+            lambda: self._plain.push(vector)[0],
+            lambda: self._inner_products(tuple(leaf[None] for leaf in vector))[0],
+        )
+
+    def push_several(self, vectors: Leaves) -> Tensor:
+        """Return `J v` for vectors stacked along a leading axis, `(count, *output.shape)`.
+
+        By one backward pass for each output, or one product for each vector, whichever are fewer.
+        """
+        count = vectors[0].shape[0]
+        if self._is_real and self._height <= count:
+            return self._inner_products(vectors)
+
+        def products() -> Tensor:
+            parts = [
+                self._plain.push_several(tuple(leaf[part] for leaf in vectors))[0]
+                for part in self._chunks(count)
+            ]
+            return torch.cat(parts) if parts else self.output.new_zeros((0, *self.output.shape))
+
+        return self._first_exact(products, lambda: self._inner_products(vectors))
+
+    def pull(self, cotangent: Tensor) -> Leaves:
+        """Return `J^T u` for `u` shaped like the output."""
+        return self._plain.pull((cotangent,))
+
+    def pull_several(self, cotangents: Tensor) -> Leaves:
+        """Return `J^T u` for cotangents stacked along a leading axis."""
+        parts = [
+            self._plain.pull_several((cotangents[part],))
+            for part in self._chunks(cotangents.shape[0])
+        ]
+        return self._joined(parts)
+
+    def rows(self) -> Iterator[Leaves]:
+        """Yield the rows of the Jacobian, some at a time: for each parameter `(rows, *p.shape)`."""
+        for part in self._chunks(self._height):
+            yield self._plain.pull_several((tree.basis(self.output, part.start, part.stop),))
+
+    def dense(self) -> Leaves:
+        """Return the whole Jacobian, for each parameter `(output.numel(), p.numel())`.
+
+        By one backward pass for each output, or one product for each entry of the parameters, whichever are fewer.
+        """
+
+        def by_rows() -> Leaves:
+            return tuple(block.flatten(1) for block in self._joined(list(self.rows())))
+
+        def by_columns() -> Leaves:
+            columns = [
+                self._plain.push_several(tree.basis(self.params, part.start, part.stop))[0]
+                for part in self._chunks(self._width)
+            ]
+            whole = torch.cat(columns).flatten(1).T
+            blocks = whole.split([p.numel() for p in self.params], dim=1)
+            return tuple(
+                block.to(p).contiguous() for block, p in zip(blocks, self.params, strict=True)
+            )
+
+        if 0 < self._width < self._height:
+            return self._first_exact(by_columns, by_rows)
+        return by_rows()
+
+    def _inner_products(self, vectors: Leaves) -> Tensor:
+        """Return `J v` as the inner products of vectors with the rows of the Jacobian."""
+        parts = []
+        for blocks in self.rows():
+            pairs = zip(vectors, blocks, strict=True)
+            terms = [(v.flatten(1) @ block.flatten(1).T).to(self.output) for v, block in pairs]
+            parts.append(torch.stack(terms).sum(0))
+        return torch.cat(parts, 1).reshape(-1, *self.output.shape)
+
+    def _joined(self, parts: list[Leaves]) -> Leaves:
+        if not parts:
+            return tuple(p.new_zeros((0, *p.shape)) for p in self.params)
+        return tuple(torch.cat(blocks) for blocks in zip(*parts, strict=True))
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        return chunks(count, self._size, self.where)
+
+    def _first_exact(self, products: Callable[[], T], rows: Callable[[], T]) -> T:
+        """Return what products with `J` give, or rows where torch has no second derivative of some function."""
+        if not self._is_real:
+            return products()
+        _, found = first_exact(
+            [("product by double backward", products), ("one backward pass for each output", rows)],
+            where=self.where,
+            tensors=self.params,
+            eager=lambda: None,
+        )
+        return found
+
+
+def _checked_output(output: Any, where: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ArgumentTypeError(
+            message(
+                where,
+                f"the output must be one tensor, got {type(output).__name__}",
+                "Return the tensor to differentiate; wrap a model with several outputs in one that returns one",
+            )
+        )
+    if not (output.is_floating_point() or output.is_complex()):
+        raise ArgumentError(message(where, f"the output must be floating, got {output.dtype}"))
+    if not output.requires_grad:
+        raise ArgumentError(
+            message(
+                where,
+                "the output does not depend on any parameter",
+                "Check what the closure returns",
+            )
+        )
+    return output
