@@ -131,11 +131,9 @@ def per_layer_fisher_diagonal(
     """
     where = "per_layer_fisher_diagonal"
     layers = _layers(model, loss_fn, layer_types, where)
-    params = tuple({id(p): p for found in layers.values() for p in found}.values())
+    params = _distinct(layers)
     if not params:
         return {name: _nothing(model) for name in layers}
-    checked_params(params, where)
-    check_real(params, where)
     with freed(params), recording():
         try:
             gradient = closure_gradient(
@@ -211,7 +209,15 @@ def _layers(
 ) -> dict[str, list[Tensor]]:
     check_callable(loss_fn, where, name="loss_fn")
     types = [Linear, Conv2d] if layer_types is None else layer_types
-    return modules_params(model, types, where, "layer_types")
+    layers = modules_params(model, types, where, "layer_types")
+    params = _distinct(layers)
+    if params:
+        check_real(checked_params(params, where), where)
+    return layers
+
+
+def _distinct(layers: dict[str, list[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple({id(p): p for found in layers.values() for p in found}.values())
 
 
 def _flat(parts: list[Tensor]) -> Tensor:
