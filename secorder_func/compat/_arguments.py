@@ -16,6 +16,7 @@ __all__ = [
     "Leaves",
     "Vector",
     "check_func",
+    "check_model",
     "checked_cotangent",
     "checked_cotangents",
     "checked_params",
@@ -71,10 +72,15 @@ def check_func(func: Any, where: str) -> None:
     )
 
 
-def model_parameters(model: Any, where: str) -> Leaves:
-    """Return the parameters of a module; refuse what is no module."""
+def check_model(model: Any, where: str) -> None:
+    """Refuse what is no module."""
     if not isinstance(model, torch.nn.Module):
         _refuse_type(where, f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def model_parameters(model: Any, where: str) -> Leaves:
+    """Return the parameters of a module; refuse what is no module."""
+    check_model(model, where)
     return checked_params(model.parameters(), where)
 
 

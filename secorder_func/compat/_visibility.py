@@ -21,7 +21,7 @@ from secorder_func.rules.cut_graphs import history
 from secorder_func.rules.levels import unwrapped
 from secorder_func.rules.randomness import RandomState
 
-__all__ = ["no_dependence", "reached", "refuse_hidden", "with_unused_known"]
+__all__ = ["NoDependenceError", "no_dependence", "reached", "refuse_hidden", "with_unused_known"]
 
 T = TypeVar("T")
 
@@ -31,6 +31,10 @@ Unused = frozenset[int] | None
 
 class _UnmetParameters(Exception):  # noqa: N818 - a signal, not an error
     """The closure met no torch function with some parameters: unused or hidden."""
+
+
+class NoDependenceError(ArgumentError):
+    """The loss is a constant in the parameters."""
 
 
 def with_unused_known(
@@ -59,9 +63,9 @@ def with_unused_known(
         return attempt(unused)
 
 
-def no_dependence(where: str) -> ArgumentError:
+def no_dependence(where: str) -> NoDependenceError:
     """Return the error that the loss is a constant."""
-    return ArgumentError(
+    return NoDependenceError(
         message(
             where, "the loss does not depend on any parameter", "Check what the closure returns"
         )
