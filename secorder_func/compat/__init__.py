@@ -15,13 +15,17 @@ from secorder_func.compat._install import install_as_torch_secorder
 from secorder_func.compat.approximations import (
     empirical_fisher_diagonal,
     empirical_fisher_trace,
+    gauss_newton_matrix_approximation,
     generalized_fisher_diagonal,
     generalized_fisher_trace,
 )
 from secorder_func.compat.core import (
     approximate_hvp,
+    batch_jvp,
+    batch_vjp,
     exact_hvp,
     flatten_params,
+    full_jacobian,
     gauss_newton_product,
     get_layer_curvature_stats,
     get_param_shapes,
@@ -29,22 +33,30 @@ from secorder_func.compat.core import (
     get_params_by_name_pattern,
     hessian_diagonal,
     hessian_trace,
+    jvp,
     model_hessian_diagonal,
     model_hessian_trace,
     model_hvp,
+    model_jvp,
+    model_vjp,
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
     unflatten_params,
+    vjp,
 )
 
 __version__ = "0.0.1"
 
 __all__ = [
     "approximate_hvp",
+    "batch_jvp",
+    "batch_vjp",
     "empirical_fisher_diagonal",
     "empirical_fisher_trace",
     "exact_hvp",
     "flatten_params",
+    "full_jacobian",
+    "gauss_newton_matrix_approximation",
     "gauss_newton_product",
     "generalized_fisher_diagonal",
     "generalized_fisher_trace",
@@ -55,10 +67,14 @@ __all__ = [
     "hessian_diagonal",
     "hessian_trace",
     "install_as_torch_secorder",
+    "jvp",
     "model_hessian_diagonal",
     "model_hessian_trace",
     "model_hvp",
+    "model_jvp",
+    "model_vjp",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
     "unflatten_params",
+    "vjp",
 ]

@@ -72,32 +72,25 @@ def hessian_product(
     return tuple(leaf.detach() for leaf in product)
 
 
-def _pullback_of(func: Func, params: Leaves, where: str) -> Callable[[Leaves], Leaves]:
-    """Return the product as the pullback of the gradient, made once."""
-
-    def attempt(unused: Unused) -> Callable[[Leaves], Leaves]:
-        loss = _bound(func, params, unused, where)
-        return pulled_back(loss.at(forward=False, higher=False), loss.leaves, False)
-
-    with torch.enable_grad():  # a hidden parameter shows in the history of the loss
-        return with_unused_known(func, params, attempt, where)
-
-
 def hessian_operator_of(
-    func: Func, params: Leaves, *, create_graph: bool, where: str
+    func: Func, params: Leaves, *, create_graph: bool, where: str, block: int | None = None
 ) -> LinearOperator:
-    """Return the Hessian of a closure as an operator on tuples of tensors; it is evaluated once."""
+    """Return the Hessian of a closure as an operator on tuples of tensors; it is evaluated once.
+
+    With `block` it is the diagonal block of one parameter alone, on tuples of one tensor.
+    """
+    free = params if block is None else (params[block],)
     if create_graph:
-        return _double_backward_operator(func, params, where, create_graph=True)
+        return _double_backward_operator(func, free, where, create_graph=True)
 
     def reverse() -> LinearOperator:
-        product = _pullback_of(func, params, where)
-        at = tuple(p.detach() for p in params)
+        product = _pullback_of(func, params, where, block)
+        at = tuple(p.detach() for p in free)
         return operator_on_leaves(product, at, mode="reverse_over_reverse")
 
     def plain() -> LinearOperator:
-        op = _double_backward_operator(func, params, where, create_graph=False)
-        op @ tuple(torch.zeros_like(p) for p in params)  # fails here if it fails at all
+        op = _double_backward_operator(func, free, where, create_graph=False)
+        op @ tuple(torch.zeros_like(p) for p in free)  # fails here if it fails at all
         return op
 
     _, op = first_exact(
@@ -107,6 +100,23 @@ def hessian_operator_of(
         eager=_eagerly(func, params),
     )
     return op
+
+
+def _pullback_of(
+    func: Func, params: Leaves, where: str, block: int | None = None
+) -> Callable[[Leaves], Leaves]:
+    """Return the product as the pullback of the gradient, made once."""
+
+    def attempt(unused: Unused) -> Callable[[Leaves], Leaves]:
+        bound = _bound(func, params, unused, where)
+        loss, leaves = bound.at(forward=False, higher=False), bound.leaves
+        if block is None:
+            return pulled_back(loss, leaves, False)
+        before, after = leaves[:block], leaves[block + 1 :]
+        return pulled_back(lambda own: loss((*before, *own, *after)), (leaves[block],), False)
+
+    with torch.enable_grad():  # a hidden parameter shows in the history of the loss
+        return with_unused_known(func, params, attempt, where)
 
 
 def _eagerly(func: Func, params: Leaves) -> Callable[[], object]:

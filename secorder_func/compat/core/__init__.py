@@ -3,6 +3,15 @@
 `hessian_diagonal` and `hessian_trace` are the functions, which hide the modules of their names, as in the original.
 """
 
+from secorder_func.compat.core.gvp import (
+    batch_jvp,
+    batch_vjp,
+    full_jacobian,
+    jvp,
+    model_jvp,
+    model_vjp,
+    vjp,
+)
 from secorder_func.compat.core.hessian_diagonal import hessian_diagonal, model_hessian_diagonal
 from secorder_func.compat.core.hessian_trace import hessian_trace, model_hessian_trace
 from secorder_func.compat.core.hvp import (
@@ -26,8 +35,11 @@ from secorder_func.compat.core.utils import (
 
 __all__ = [
     "approximate_hvp",
+    "batch_jvp",
+    "batch_vjp",
     "exact_hvp",
     "flatten_params",
+    "full_jacobian",
     "gauss_newton_product",
     "get_layer_curvature_stats",
     "get_param_shapes",
@@ -35,10 +47,14 @@ __all__ = [
     "get_params_by_name_pattern",
     "hessian_diagonal",
     "hessian_trace",
+    "jvp",
     "model_hessian_diagonal",
     "model_hessian_trace",
     "model_hvp",
+    "model_jvp",
+    "model_vjp",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
     "unflatten_params",
+    "vjp",
 ]

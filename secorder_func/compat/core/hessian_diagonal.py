@@ -17,7 +17,12 @@ from secorder_func.compat._arguments import (
     model_parameters,
 )
 from secorder_func.compat._closure import hessian_operator_of, plain_product
+from secorder_func.compat._gradient import traceable
+from secorder_func.compat._visibility import NoDependenceError, no_dependence
 from secorder_func.errors import ArgumentError, message
+from secorder_func.operators.chunks import default_chunk_size
+from secorder_func.rules.randomness import RandomState
+from secorder_func.transforms.plain_autograd import or_zeros
 
 __all__ = ["hessian_diagonal", "model_hessian_diagonal"]
 
@@ -56,7 +61,8 @@ def hessian_diagonal(
 
     Notes
     -----
-    Costs one product for every entry of `params`, in vectorised chunks; the closure is evaluated once.
+    Costs one product for every entry of `params`, with the block of its parameter alone, in vectorised chunks. The
+    closure is evaluated once for each parameter, with the same random numbers.
 
     Examples
     --------
@@ -123,9 +129,29 @@ def diagonal(
 
 
 def _diagonal(func: Callable[[], Tensor], params: Leaves, create_graph: bool, where: str) -> Leaves:
-    op = hessian_operator_of(func, params, create_graph=create_graph, where=where)
-    entries: Leaves = exact_diagonal(op)
-    return entries
+    """Return the diagonal block by block: a product with the block of one parameter leaves out all the others.
+
+    Every block draws the random numbers of one and the same evaluation.
+    """
+    state = RandomState.now(params)
+    blocks: list[Tensor | None] = []
+    for index, leaf in enumerate(params):
+        state.restore()
+        size = default_chunk_size(leaf.numel(), at_most=128)
+        try:
+            op = hessian_operator_of(
+                func, params, create_graph=create_graph, where=where, block=index
+            )
+            (block,) = exact_diagonal(op, chunk_size=size)
+        except NoDependenceError:
+            block = None
+        blocks.append(block)
+    if all(block is None for block in blocks):
+        raise no_dependence(where)
+    found = or_zeros(blocks, params)
+    if create_graph:
+        return tuple(traceable(h, p) for h, p in zip(found, params, strict=True))
+    return found
 
 
 def _require_all_used(func: Callable[[], Tensor], params: Leaves, where: str) -> None:
@@ -134,7 +160,9 @@ def _require_all_used(func: Callable[[], Tensor], params: Leaves, where: str) ->
             raise ArgumentError(
                 message(
                     where,
-                    f"strict=True, and params[{index}] does not require grad",
+                    # First in the words of torch, which programs match.
+                    "One of the differentiated Tensors does not require grad: strict=True, and "
+                    f"params[{index}] does not require grad",
                     "Leave it out of params, or pass strict=False",
                 )
             )
