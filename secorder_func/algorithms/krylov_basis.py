@@ -77,6 +77,12 @@ class KrylovBasis:
             w /= torch.linalg.vector_norm(w)
         return w
 
+    def outside(self, w: Tensor) -> tuple[Tensor, float]:
+        """Return the part of `w` outside the basis, in its place, and its norm."""
+        for _ in range(2):
+            self._subtract(w)
+        return w, float(torch.linalg.vector_norm(w))
+
     def combined(self, coefficients: Tensor) -> Tensor:
         """Return the combinations with the columns of `coefficients`, `(count, k)`, as rows `(k, n)`."""
         weights = coefficients.T.to(self.like)

@@ -136,9 +136,8 @@ class _Run:
         self.multiply, self.k, self.limit, self.tol = multiply, k, limit, tol
         self.generator = generator
         self.columns: list[Tensor] = []  # of the upper triangle of the projected matrix
-        self.left: dict[
-            int, float
-        ] = {}  # step -> norm of what A q had outside the basis, unfollowed
+        # step -> what A q had outside the basis and was not followed, and its norm
+        self.left: dict[int, tuple[Tensor, float]] = {}
         self.chain = 0  # the step at which the present Krylov space began
         self.before: Tensor | None = None  # the wanted values before it began
 
@@ -153,21 +152,28 @@ class _Run:
             self.columns.append(column)
             scale = max(scale, length)
             steps = basis.count
-            broken = rest <= 10 * torch.finfo(w.dtype).eps * scale
-            if broken or steps in (next_check, self.limit):
+            noise = 10 * torch.finfo(w.dtype).eps * scale
+            if rest <= noise or steps in (next_check, self.limit):
                 values, vectors = self.ritz()
                 worst = self.worst(vectors, rest)
                 goal = 0.5 * self.tol * float(values.abs().max())
                 converged = steps >= self.k and worst <= goal
                 if steps == self.limit or (converged and self.k == 1):
                     break
-                if broken or (converged and self.nothing_above(values, rest, goal, basis)):
+                overdue = None if converged else self.overdue(vectors, goal)
+                if overdue is not None:
+                    last, (w, rest) = (w, rest), basis.outside(self.left.pop(overdue)[0])
+                    if rest > noise:
+                        self.left[steps - 1] = last
+                    else:  # it is in the basis by now
+                        w, rest = last if last[1] > noise else (basis.fresh(self.generator), 1.0)
+                elif rest <= noise or (converged and self.nothing_above(values, rest, goal, basis)):
                     if converged and self.unchanged(values, goal):
                         break
-                    self.left[steps - 1] = rest
+                    self.left[steps - 1] = (w, rest)
                     self.chain, self.before = steps, values[: self.k]
                     w, rest = basis.fresh(self.generator), 1.0
-                next_check = min(self.limit, steps + _wait(previous, (steps, worst), goal))
+                next_check = steps + _wait(previous, (steps, worst), goal, steps - self.chain)
                 previous = (steps, worst)
             Aq = self.multiply(basis.append(w, rest))
         return self.result(basis, values, vectors)
@@ -183,9 +189,19 @@ class _Run:
 
     def worst(self, vectors: Tensor, rest: float) -> float:
         """Return a bound on the residuals of the wanted pairs: what was left outside, times how much of it they use."""
-        left = {**self.left, vectors.shape[0] - 1: rest}
-        steps, norms = list(left), torch.tensor(list(left.values()), dtype=vectors.dtype)
-        return float((norms @ vectors[steps, : self.k].abs()).max())
+        outside = vectors.new_zeros(len(vectors))
+        outside[-1] = rest
+        for step, (_, norm) in self.left.items():
+            outside[step] = norm
+        return float((outside @ vectors[:, : self.k].abs()).max())
+
+    def overdue(self, vectors: Tensor, goal: float) -> int | None:
+        """Return the step whose unfollowed direction keeps the wanted pairs from the goal, if one does."""
+        parts = {
+            step: norm * float(vectors[step, : self.k].abs().max())
+            for step, (_, norm) in self.left.items()
+        }
+        return max(parts, key=lambda step: parts[step]) if sum(parts.values()) > goal / 2 else None
 
     def nothing_above(self, values: Tensor, rest: float, goal: float, basis: KrylovBasis) -> bool:
         """Say whether the present Krylov space has shown all above the wanted values that it has to show."""
@@ -226,12 +242,13 @@ class _Run:
         )
 
 
-def _wait(previous: tuple[int, float], now: tuple[int, float], goal: float) -> int:
-    """Return after how many steps to look again: half of what the decay so far still needs, as it quickens."""
-    steps = now[0] - previous[0]
-    if now[1] <= goal:
-        return 4
-    if not 0 < goal < now[1] < previous[1] < math.inf:
-        return max(4, now[0] // 2)
-    needed = steps * math.log(now[1] / goal) / math.log(previous[1] / now[1])
-    return max(4, min(now[0], int(needed / 2)))
+def _wait(previous: tuple[int, float], now: tuple[int, float], goal: float, own: int) -> int:
+    """Return after how many steps to look again: half of what the decay so far still needs, as it quickens.
+
+    `own` is how many steps the present Krylov space has.
+    """
+    steps, longest = now[0] - previous[0], own // 2
+    if 0 < goal < now[1] < previous[1] < math.inf:
+        needed = steps * math.log(now[1] / goal) / math.log(previous[1] / now[1])
+        longest = min(own, int(needed / 2))
+    return 4 if now[1] <= goal else max(4, longest)
