@@ -9,6 +9,7 @@ import warnings
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "ConvergenceWarning",
     "CurvatureFallbackWarning",
     "HiddenParameterError",
     "MissingExtraError",
@@ -24,6 +25,13 @@ class CurvatureFallbackWarning(UserWarning):
     """An exact product had to take another exact route than the default one.
 
     The numbers are as exact as before; time and memory may differ. The message names the cause.
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration used up its steps before its result was within the tolerance.
+
+    The result is returned all the same; the message says how far off it is.
     """
 
 
@@ -47,7 +55,7 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A product has NaN or infinite entries, and `check_finite=True` asked for an error."""
+    """A product has NaN or infinite entries where `check_finite=True` or an iteration needs finite ones."""
 
 
 class HiddenParameterError(RuntimeError):
