@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.chunks import chunks, default_chunk_size
+from secorder_func.transforms.plain_autograd import recording
 from secorder_func.transforms.plain_jacobian import PlainJacobian
 from secorder_func.transforms.policy import first_exact
 
@@ -61,9 +63,7 @@ class ClosureJacobian:
     def push(self, vector: Leaves) -> Tensor:
         """Return `J v`, shaped like the output."""
         if self._is_real and self._height == 1:  # the gradient is all there is
-            pairs = zip(vector, self.pull(torch.ones_like(self.output)), strict=True)
-            terms = [(v * g).sum().to(self.output) for v, g in pairs]
-            return torch.stack(terms).sum().reshape(self.output.shape)
+            return self._directional(vector)
         return self._first_exact(
             lambda: self._plain.push(vector)[0],
             lambda: self._inner_products(tuple(leaf[None] for leaf in vector))[0],
@@ -83,7 +83,9 @@ class ClosureJacobian:
                 self._plain.push_several(tuple(leaf[part] for leaf in vectors))[0]
                 for part in self._chunks(count)
             ]
-            return torch.cat(parts) if parts else self.output.new_zeros((0, *self.output.shape))
+            with self.recording():
+                empty = self.output.new_zeros((0, *self.output.shape))
+                return torch.cat([empty, *parts])
 
         return self._first_exact(products, lambda: self._inner_products(vectors))
 
@@ -111,36 +113,51 @@ class ClosureJacobian:
         """
 
         def by_rows() -> Leaves:
-            return tuple(block.flatten(1) for block in self._joined(list(self.rows())))
+            rows = self._joined(list(self.rows()))
+            with self.recording():
+                return tuple(_flat(block) for block in rows)
 
         def by_columns() -> Leaves:
             columns = [
                 self._plain.push_several(tree.basis(self.params, part.start, part.stop))[0]
                 for part in self._chunks(self._width)
             ]
-            whole = torch.cat(columns).flatten(1).T
-            blocks = whole.split([p.numel() for p in self.params], dim=1)
-            return tuple(
-                block.to(p).contiguous() for block, p in zip(blocks, self.params, strict=True)
-            )
+            with self.recording():
+                whole = _flat(torch.cat(columns)).T
+                blocks = whole.split([p.numel() for p in self.params], dim=1)
+                pairs = zip(blocks, self.params, strict=True)
+                return tuple(block.to(p).contiguous() for block, p in pairs)
 
         if 0 < self._width < self._height:
             return self._first_exact(by_columns, by_rows)
         return by_rows()
 
+    def _directional(self, vector: Leaves) -> Tensor:
+        """Return `J v` of a single output as the inner product of its gradient with the vector."""
+        with self.recording():
+            pairs = zip(vector, self.pull(torch.ones_like(self.output)), strict=True)
+            terms = [(v * g).sum().to(self.output) for v, g in pairs]
+            return torch.stack(terms).sum().reshape(self.output.shape)
+
     def _inner_products(self, vectors: Leaves) -> Tensor:
         """Return `J v` as the inner products of vectors with the rows of the Jacobian."""
         parts = []
-        for blocks in self.rows():
-            pairs = zip(vectors, blocks, strict=True)
-            terms = [(v.flatten(1) @ block.flatten(1).T).to(self.output) for v, block in pairs]
-            parts.append(torch.stack(terms).sum(0))
-        return torch.cat(parts, 1).reshape(-1, *self.output.shape)
+        with self.recording():
+            for blocks in self.rows():
+                pairs = zip(vectors, blocks, strict=True)
+                terms = [(_flat(v) @ _flat(block).T).to(self.output) for v, block in pairs]
+                parts.append(torch.stack(terms).sum(0))
+            return torch.cat(parts, 1).reshape(-1, *self.output.shape)
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Return the context in which results are combined: with a graph where that was asked for."""
+        return recording(self._plain.create_graph)
 
     def _joined(self, parts: list[Leaves]) -> Leaves:
         if not parts:
             return tuple(p.new_zeros((0, *p.shape)) for p in self.params)
-        return tuple(torch.cat(blocks) for blocks in zip(*parts, strict=True))
+        with self.recording():
+            return tuple(torch.cat(blocks) for blocks in zip(*parts, strict=True))
 
     def _chunks(self, count: int) -> Iterator[slice]:
         return chunks(count, self._size, self.where)
@@ -156,6 +173,11 @@ class ClosureJacobian:
             eager=lambda: None,
         )
         return found
+
+
+def _flat(stacked: Tensor) -> Tensor:
+    """Return a matrix whose rows are the entries of a stack."""
+    return stacked.reshape(stacked.shape[0], stacked.shape[1:].numel())
 
 
 def _checked_output(output: Any, where: str) -> Tensor:

@@ -29,9 +29,9 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def recording() -> Iterator[None]:
-    """Record a graph whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
+def recording(on: bool = True) -> Iterator[None]:
+    """Record a graph, or none, whatever the caller has switched off or on."""
+    with torch.inference_mode(False), torch.set_grad_enabled(on):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from secorder_func.compat.core.hessian_diagonal import hessian_diagonal, model_hessian_diagonal
 from secorder_func.compat.core.hessian_trace import hessian_trace as exact_trace
 from secorder_func.compat.core.hessian_trace import model_hessian_trace
-from secorder_func.compat.core.hvp import hessian_trace
+from secorder_func.compat.core.hvp import exact_hvp, hessian_trace, model_hvp
 from tests import oracles
 from tests.compat.closures import stateful
 
@@ -138,3 +139,35 @@ def test_strict_refuses_frozen_and_unused_parameters() -> None:
             with pytest.raises(error, match=pattern):
                 hessian_diagonal(func, params, strict=True)
     torch.testing.assert_close(hessian_diagonal(func, [w], strict=True)[0], 6 * w.detach())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_graph_that_was_asked_for_is_made_whatever_the_caller_switched_off(context: Any) -> None:
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+
+    def func() -> Tensor:
+        return (w**3).sum() * b.sum()
+
+    flat, model = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), _Cubes()
+    with context():
+        results = [
+            exact_hvp(func, [w, b], flat, create_graph=True),
+            hessian_diagonal(func, [w, b], v=[w.detach(), b.detach()], create_graph=True)[0],
+            exact_trace(func, [w, b], create_graph=True),
+            hessian_trace(func, [w, b], create_graph=True),
+            model_hvp(model, lambda z, y: z, None, None, torch.ones_like(model.w), True),
+        ]
+    for result, params in zip(results, [(w,)] * 4 + [(model.w,)], strict=True):
+        assert result.requires_grad
+        (slope,) = torch.autograd.grad(result.sum(), params)
+        assert slope.any()
+
+
+class _Cubes(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, _: Any) -> Tensor:
+        return (self.w**3).sum()

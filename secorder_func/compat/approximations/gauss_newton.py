@@ -74,9 +74,10 @@ def gauss_newton_matrix_approximation(
         lambda: model(inputs) - targets, free, create_graph=create_graph, where=where
     )
     diagonal = [torch.zeros_like(p) for p in free]
-    for blocks in jacobian.rows():
-        for index, block in enumerate(blocks):
-            diagonal[index] = diagonal[index] + block.square().sum(0)
+    with jacobian.recording():
+        for blocks in jacobian.rows():
+            for index, block in enumerate(blocks):
+                diagonal[index] = diagonal[index] + block.square().sum(0)
     if create_graph:
         return [traceable(d, p) for d, p in zip(diagonal, free, strict=True)]
     return diagonal

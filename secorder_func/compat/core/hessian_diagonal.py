@@ -22,7 +22,7 @@ from secorder_func.compat._visibility import NoDependenceError, no_dependence
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators.chunks import default_chunk_size
 from secorder_func.rules.randomness import RandomState
-from secorder_func.transforms.plain_autograd import or_zeros
+from secorder_func.transforms.plain_autograd import or_zeros, recording
 
 __all__ = ["hessian_diagonal", "model_hessian_diagonal"]
 
@@ -121,11 +121,12 @@ def diagonal(
     free = tuple(leaf for leaf in leaves if leaf.requires_grad)
     if strict:
         _require_all_used(func, leaves, where)
-    found = iter(_diagonal(func, free, create_graph, where) if free else ())
-    result = [next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
-    if factors is None:
-        return result
-    return [factor * entry for factor, entry in zip(factors, result, strict=True)]
+    with recording(create_graph):
+        found = iter(_diagonal(func, free, create_graph, where) if free else ())
+        result = [next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+        if factors is None:
+            return result
+        return [factor * entry for factor, entry in zip(factors, result, strict=True)]
 
 
 def _diagonal(func: Callable[[], Tensor], params: Leaves, create_graph: bool, where: str) -> Leaves:

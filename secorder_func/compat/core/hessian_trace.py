@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from secorder_func.compat._arguments import model_parameters
 from secorder_func.compat.core.hessian_diagonal import diagonal
+from secorder_func.transforms.plain_autograd import recording
 
 __all__ = ["hessian_trace", "model_hessian_trace"]
 
@@ -34,7 +35,8 @@ def hessian_trace(
     >>> hessian_trace(lambda: (w**3).sum(), [w])
     tensor(18.)
     """
-    return _total(diagonal(func, params, None, create_graph, strict, "hessian_trace"))
+    entries = diagonal(func, params, None, create_graph, strict, "hessian_trace")
+    return _total(entries, create_graph)
 
 
 def model_hessian_trace(
@@ -67,8 +69,9 @@ def model_hessian_trace(
         strict,
         "model_hessian_trace",
     )
-    return _total(entries)
+    return _total(entries, create_graph)
 
 
-def _total(entries: list[Tensor]) -> Tensor:
-    return torch.stack([entry.sum().to(entries[0]) for entry in entries]).sum()
+def _total(entries: list[Tensor], create_graph: bool) -> Tensor:
+    with recording(create_graph):
+        return torch.stack([entry.sum().to(entries[0]) for entry in entries]).sum()

@@ -26,6 +26,7 @@ from secorder_func.compat._closure import (
     hessian_product,
 )
 from secorder_func.compat._difference import closure_difference
+from secorder_func.transforms.plain_autograd import recording
 
 __all__ = ["approximate_hvp", "exact_hvp", "gauss_newton_product", "hessian_trace", "model_hvp"]
 
@@ -85,7 +86,8 @@ def exact_hvp(
     product = hessian_product(
         func, leaves, vector.leaves, create_graph=create_graph, where="exact_hvp"
     )
-    return vector.restore(product)
+    with recording(create_graph):
+        return vector.restore(product)
 
 
 def approximate_hvp(
@@ -196,7 +198,8 @@ def model_hvp(
             where="model_hvp",
         )
 
-    return _over_model(model, v, product, "model_hvp")
+    with recording(create_graph):
+        return _over_model(model, v, product, "model_hvp")
 
 
 def gauss_newton_product(
@@ -248,7 +251,8 @@ def gauss_newton_product(
             where="gauss_newton_product",
         )
 
-    return _over_model(model, v, product, "gauss_newton_product")
+    with recording(create_graph):
+        return _over_model(model, v, product, "gauss_newton_product")
 
 
 def hessian_trace(
@@ -305,7 +309,8 @@ def hessian_trace(
     check_count(num_samples, where, name="num_samples")
     op = hessian_operator_of(func, leaves, create_graph=create_graph, where=where)
     distribution = sparse_rademacher(0.1) if sparse else rademacher
-    trace: Any = hutchinson_trace(op, num_samples, distribution=distribution).value
+    with recording(create_graph):
+        trace: Any = hutchinson_trace(op, num_samples, distribution=distribution).value
     return trace if create_graph else float(trace)
 
 
