@@ -178,8 +178,8 @@ def _contours(axes: Axes, shown: _Shown, log: bool, num_levels: int) -> None:
     lines = levels[:: max(1, len(levels) // 12)]
     axes.contour(x, y, z, levels=lines, colors="white", linewidths=0.5, alpha=0.6)
     figure: Any = axes.get_figure(root=False)
-    bar = figure.colorbar(filled, ax=axes, label="loss", ticks=_ticks(levels, log))
-    bar.ax.set_yticklabels([f"{tick:.3g}" for tick in bar.get_ticks()])
+    bar = figure.colorbar(filled, ax=axes, label="loss", ticks=_ticks(levels))
+    bar.ax.set_yticklabels([_short(tick, levels) for tick in bar.get_ticks()])
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     if _holds_zero(shown.alphas) and _holds_zero(_betas(shown)):
@@ -190,16 +190,20 @@ def _contours(axes: Axes, shown: _Shown, log: bool, num_levels: int) -> None:
 
 
 def _in_space(axes: Any, shown: _Shown, log: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     heights = shown.losses.log10() if log else shown.losses
     x, y = torch.meshgrid(shown.alphas, _betas(shown), indexing="ij")
     axes.plot_surface(
         x.numpy(), y.numpy(), heights.numpy(), cmap="viridis", rcount=80, ccount=80, linewidth=0
     )
-    axes.set_xlabel("alpha")
-    axes.set_ylabel("beta")
-    axes.set_zlabel("log10 of the loss" if log else "loss")
+    axes.set_xlabel("alpha", labelpad=6)
+    axes.set_ylabel("beta", labelpad=8)
+    axes.set_zlabel("log10 of the loss" if log else "loss", labelpad=6)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.view_init(elev=32, azim=-58)
-    axes.set_box_aspect(None, zoom=0.88)
+    axes.set_box_aspect(None, zoom=0.8)
 
 
 def _betas(shown: _Shown) -> Tensor:
@@ -220,9 +224,14 @@ def _levels(losses: Tensor, log: bool, count: int) -> list[float]:
     return [float(level) for level in levels]
 
 
-def _ticks(levels: list[float], log: bool) -> list[float]:
+def _ticks(levels: list[float]) -> list[float]:
     places = torch.linspace(0, len(levels) - 1, min(7, len(levels))).round().int().tolist()
     return [levels[place] for place in places]
+
+
+def _short(tick: float, levels: list[float]) -> str:
+    """Return a number in three digits, and rounding errors beside the greatest level as zero."""
+    return f"{0.0 if abs(tick) < 1e-9 * abs(levels[-1]) else tick:.3g}"
 
 
 def _holds_zero(positions: Tensor) -> bool:

@@ -200,6 +200,15 @@ def test_a_scripted_model_says_that_its_data_were_set_aside() -> None:
         compute_loss_surface_1d(model, nn.MSELoss(), x, y, d, num_points=2)
 
 
+def test_a_compiled_model_is_the_module_in_it() -> None:
+    case = stateful("mlp_tanh")
+    d = case.vector()
+    compiled: Any = torch.compile(case.model, backend="eager")
+    expected = compute_loss_surface_1d(case.model, case.loss_fn, case.x, case.y, d, num_points=3)
+    found = compute_loss_surface_1d(compiled, case.loss_fn, case.x, case.y, d, num_points=3)
+    assert torch.equal(found[1], expected[1])
+
+
 def test_an_unused_parameter_raises_no_warning() -> None:
     case = stateful("frozen_and_unused")
     with warnings.catch_warnings():

@@ -165,6 +165,9 @@ def _surface(
     where: str,
 ) -> Tensor:
     params = model_parameters(model, where)
+    model = getattr(
+        model, "_orig_mod", model
+    )  # a compiled module's parameters are constants of its code
     check_callable(loss_fn, where, name="loss_fn")
     along = [
         checked_vector(direction, params, where, name).leaves
