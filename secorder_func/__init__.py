@@ -11,14 +11,22 @@ from secorder_func.algorithms import (
     Estimate,
     exact_diagonal,
     exact_trace,
+    filter_normalized,
     hutchinson_diagonal,
     hutchinson_trace,
     probes,
+    random_direction,
 )
 from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError
 from secorder_func.nn import functional_loss, functional_model
 from secorder_func.operators import LinearOperator, ggn_operator, hessian_operator
-from secorder_func.transforms import finite_difference_hvp, ggnvp, hvp, hvp_and_grad
+from secorder_func.transforms import (
+    finite_difference_hvp,
+    ggnvp,
+    hvp,
+    hvp_and_grad,
+    loss_surface,
+)
 from secorder_func.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -32,6 +40,7 @@ __all__ = [
     "errors",
     "exact_diagonal",
     "exact_trace",
+    "filter_normalized",
     "finite_difference_hvp",
     "functional_loss",
     "functional_model",
@@ -42,7 +51,9 @@ __all__ = [
     "hutchinson_trace",
     "hvp",
     "hvp_and_grad",
+    "loss_surface",
     "probes",
+    "random_direction",
     "tree",
     "verify",
 ]

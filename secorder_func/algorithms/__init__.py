@@ -2,6 +2,7 @@
 
 from secorder_func.algorithms import probes
 from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal
+from secorder_func.algorithms.directions import filter_normalized, random_direction
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
@@ -9,7 +10,9 @@ __all__ = [
     "Estimate",
     "exact_diagonal",
     "exact_trace",
+    "filter_normalized",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "probes",
+    "random_direction",
 ]

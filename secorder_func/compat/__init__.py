@@ -12,6 +12,13 @@ tensor([6., 0.])
 """
 
 from secorder_func.compat._install import install_as_torch_secorder
+from secorder_func.compat.analysis import (
+    compute_loss_surface_1d,
+    compute_loss_surface_2d,
+    estimate_eigenvalues,
+    lanczos_iteration,
+    power_iteration,
+)
 from secorder_func.compat.approximations import (
     empirical_fisher_diagonal,
     empirical_fisher_trace,
@@ -51,8 +58,11 @@ __all__ = [
     "approximate_hvp",
     "batch_jvp",
     "batch_vjp",
+    "compute_loss_surface_1d",
+    "compute_loss_surface_2d",
     "empirical_fisher_diagonal",
     "empirical_fisher_trace",
+    "estimate_eigenvalues",
     "exact_hvp",
     "flatten_params",
     "full_jacobian",
@@ -68,6 +78,7 @@ __all__ = [
     "hessian_trace",
     "install_as_torch_secorder",
     "jvp",
+    "lanczos_iteration",
     "model_hessian_diagonal",
     "model_hessian_trace",
     "model_hvp",
@@ -75,6 +86,7 @@ __all__ = [
     "model_vjp",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
+    "power_iteration",
     "unflatten_params",
     "vjp",
 ]

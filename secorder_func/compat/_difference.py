@@ -29,7 +29,7 @@ from secorder_func.transforms.finite_difference import central_difference
 from secorder_func.transforms.loss import checked_scalar
 from secorder_func.transforms.plain_autograd import gradients, or_zeros
 
-__all__ = ["closure_difference"]
+__all__ = ["closure_difference", "other_data"]
 
 Func = Callable[[], Tensor]
 
@@ -116,13 +116,13 @@ def _gradient_in_place(func: Func, params: Leaves, at: Leaves, where: str) -> Le
             )
         return or_zeros(gradients([loss], params), params)
 
-    with _other_data(params, at):
+    with other_data(params, at):
         found = evaluated(gradient, forward=False, higher=False, protect=params)
     return tuple(leaf.clone() for leaf in found)
 
 
 @contextmanager
-def _other_data(params: Leaves, at: Leaves) -> Iterator[None]:
+def other_data(params: Leaves, at: Leaves) -> Iterator[None]:
     """Let the parameters hold other data inside; their own storage is never written to."""
     own = [p.data for p in params]
     try:
