@@ -14,7 +14,7 @@ from bench.harness import machine, write
 from bench.report import write_page
 
 HERE = Path(__file__).parent
-QUESTIONS = ("single_product",)
+QUESTIONS = ("single_product", "drop_in")
 
 
 def main() -> None:

@@ -93,8 +93,8 @@ def compare(
         records[name]["gradients"] = _summary(ratios)
     for name in times:
         records[name]["relative_to_peers"] = {
-            peer: round(
-                statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True)), 3
+            peer: _rounded(
+                statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
             )
             for peer in times
             if records[peer]["peer"] and peer != name
@@ -104,16 +104,22 @@ def compare(
 
 def _interleaved(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
     for run in runs.values():
-        for _ in range(3):
+        warm = time.perf_counter() + 0.5
+        run()
+        while time.perf_counter() < warm:
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times["gradient"]) < 5:
+    while time.perf_counter() < deadline or len(times["gradient"]) < 3:
         for name, run in runs.items():
-            start = time.perf_counter()
+            begin = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - begin)
     return times
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _summary(values: list[float]) -> dict[str, float]:

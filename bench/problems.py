@@ -120,6 +120,13 @@ def tiny() -> Problem:
     return _problem("tiny", "MLP 10-16-4, tanh, batch 32", model, torch.randn(32, 10), 4)
 
 
+def small() -> Problem:
+    model = nn.Sequential(
+        nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 32), nn.Tanh(), nn.Linear(32, 10)
+    )
+    return _problem("small", "MLP 64-100-32-10, tanh, batch 32", model, torch.randn(32, 64), 10)
+
+
 def mlp() -> Problem:
     model = nn.Sequential(
         nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)
@@ -144,7 +151,13 @@ def gpt() -> Problem:
     return _problem("gpt", description, model, torch.randint(256, (8, 64)), 256)
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {"tiny": tiny, "mlp": mlp, "cnn": cnn, "gpt": gpt}
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "tiny": tiny,
+    "small": small,
+    "mlp": mlp,
+    "cnn": cnn,
+    "gpt": gpt,
+}
 
 
 def problem(name: str) -> Problem:
