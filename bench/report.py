@@ -60,8 +60,8 @@ def _drop_in(result: dict[str, Any]) -> str:
     lines = [
         "## The drop-in beside torch-secorder",
         "",
-        "Milliseconds of a call, and how many times as fast ours is: the median over rounds in which both take turns. On",
-        "the baseline MLP above, and on a small one, 64-100-32-10, batch 32, with 10,062 parameters.",
+        "Milliseconds of a call, and how many times as fast ours is: the median over rounds in which both take",
+        "turns. On the baseline MLP above, and on a small one, 64-100-32-10, batch 32, with 10,062 parameters.",
         "",
         "| | on | ours | torch-secorder | times as fast | error |",
         "|---|---|---|---|---|---|",
