@@ -47,3 +47,11 @@ def _folded(row: Tensor) -> Any:
 def generator(seed: int) -> torch.Generator:
     """Return a generator with a seed."""
     return torch.Generator().manual_seed(seed)
+
+
+def with_spectrum(values: list[float], seed: int = 0) -> Tensor:
+    """Return a symmetric matrix with these eigenvalues and random eigenvectors."""
+    n = len(values)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator(seed))).Q
+    A = (Q * torch.tensor(values, dtype=torch.float64)) @ Q.T
+    return (A + A.T) / 2
