@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -190,6 +191,8 @@ _MISSING = object()
 
 
 def _restore(namespace: dict[str, Any], before: dict[str, Any]) -> None:
+    if namespace.keys() == before.keys() and all(map(is_, namespace.values(), before.values())):
+        return  # as almost always: the loops below take ten times as long
     for name in [name for name in namespace if name not in before]:
         del namespace[name]
     for name, value in before.items():
