@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secorder_func.checks import check_callable
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.rules.inference import without_inference_tensors
 
 __all__ = [
     "Leaves",
@@ -97,6 +98,7 @@ def require_gradients(params: Leaves, where: str) -> None:
 
 def checked_vector(v: Any, params: Leaves, where: str, name: str = "v") -> Vector:
     """Return `v`, a tensor, a flat tensor or a list, as one tensor for each parameter."""
+    v = without_inference_tensors(v)
     if isinstance(v, Tensor):
         if len(params) == 1 and v.shape == params[0].shape:
             _check_leaf(v, params[0], f"{name}", where)
@@ -145,7 +147,7 @@ def checked_stack(vs: Any, params: Leaves, where: str) -> Leaves:
 
     # Every row is checked as one vector: the first, or zeros where the batch is empty.
     rows = [t[0] if count else t.new_zeros(t.shape[1:]) for t in tensors]
-    checked_vector(rows[0] if isinstance(vs, Tensor) else rows, params, where, "each of vs")
+    checked_vector(rows[0] if isinstance(vs, Tensor) else rows, params, where, _EACH)
     if isinstance(vs, Tensor) and not (len(params) == 1 and rows[0].shape == params[0].shape):
         tensors = list(vs.split([p.numel() for p in params], dim=1))
     return tuple(
@@ -176,10 +178,14 @@ def _checked_cotangents(
     if v.numel() != torch.Size(shape).numel():
         problem = f"{name} must match the output. Expected shape {shape}, got {tuple(v.shape)}"
         _refuse(where, problem, mend)
-    _check_kind(v, output.dtype, output.device, name, where, like="the output")
-    return v.reshape(shape)
+    if v.is_complex() and not output.is_complex():
+        problem = f"{name} must be real like the output, got {v.dtype}"
+        _refuse(where, problem, "Pass its real part")
+    _check_device(v, output.device, name, where, like="the output")
+    return without_inference_tensors(v).reshape(shape).to(output.dtype)  # type: ignore[no-any-return]
 
 
+_EACH = "each of vs"
 _BATCH = "Build vs with [torch.randn(batch, *p.shape) for p in params], or flat, (batch, n)"
 _COTANGENTS = "Build vs with torch.randn(batch, *output.shape)"
 
@@ -201,6 +207,9 @@ def _flat_vector(v: Tensor, params: Leaves, where: str, name: str) -> Vector:
     for param in params[1:]:
         dtype = torch.promote_types(dtype, param.dtype)
     _check_kind(v, dtype, params[0].device, name, where)
+    if v.is_complex() and not all(param.is_complex() for param in params):
+        problem = f"{name} is one complex tensor, and some of params are real"
+        _refuse(where, problem, "Pass a list with one tensor for each parameter")
     leaves = tuple(
         piece.reshape(param.shape).to(param)
         for piece, param in zip(v.split(sizes), params, strict=True)
@@ -215,27 +224,30 @@ def _flat_vector(v: Tensor, params: Leaves, where: str, name: str) -> Vector:
 def _check_leaf(leaf: Tensor, param: Tensor, name: str, where: str) -> None:
     if leaf.shape != param.shape:
         problem = f"{name} must match its parameter. Expected shape {tuple(param.shape)}, got {tuple(leaf.shape)}"
-        _refuse(where, problem, _mend("v"))
+        _refuse(where, problem, _mend(name.partition("[")[0]))
     _check_kind(leaf, param.dtype, param.device, name, where)
 
 
 def _check_kind(
-    leaf: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str,
-    where: str,
-    like: str = "params",
+    leaf: Tensor, dtype: torch.dtype, device: torch.device, name: str, where: str
 ) -> None:
     if leaf.dtype != dtype:
-        problem = f"{name} must match {like}. Expected dtype {dtype}, got {leaf.dtype}"
+        problem = f"{name} must match params. Expected dtype {dtype}, got {leaf.dtype}"
         _refuse(where, problem, f"Convert it with {name}.to({dtype})")
-    if leaf.device != device:
-        problem = f"{name} must match {like}. Expected device {device}, got {leaf.device}"
+    _check_device(leaf, device, name, where)
+
+
+def _check_device(
+    tensor: Tensor, device: torch.device, name: str, where: str, like: str = "params"
+) -> None:
+    if tensor.device != device:
+        problem = f"{name} must match {like}. Expected device {device}, got {tensor.device}"
         _refuse(where, problem, f"Move it with {name}.to({str(device)!r})")
 
 
 def _mend(name: str) -> str:
+    if name.startswith(_EACH):
+        return _BATCH
     return f"Build {name} with [torch.randn_like(p) for p in params], or flat with parameters_to_vector"
 
 

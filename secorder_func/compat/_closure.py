@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secorder_func.algorithms.diagonal import exact_diagonal
 from secorder_func.compat._arguments import Leaves
-from secorder_func.compat._visibility import Unused, no_dependence, refuse_hidden, with_unused_known
+from secorder_func.compat._gradient import traceable
+from secorder_func.compat._visibility import (
+    Unused,
+    no_dependence,
+    refuse_hidden,
+    with_unused_known,
+)
+from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
+from secorder_func.operators.chunks import default_chunk_size
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.transforms.double_backward import DoubleBackward
@@ -24,7 +33,13 @@ from secorder_func.transforms.loss import FlatLoss, checked_scalar
 from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import first_exact
 
-__all__ = ["gauss_newton", "hessian_operator_of", "hessian_product", "plain_product"]
+__all__ = [
+    "gauss_newton",
+    "hessian_diagonal_of",
+    "hessian_operator_of",
+    "hessian_product",
+    "plain_product",
+]
 
 Func = Callable[[], Tensor]
 
@@ -73,24 +88,20 @@ def hessian_product(
 
 
 def hessian_operator_of(
-    func: Func, params: Leaves, *, create_graph: bool, where: str, block: int | None = None
+    func: Func, params: Leaves, *, create_graph: bool, where: str
 ) -> LinearOperator:
-    """Return the Hessian of a closure as an operator on tuples of tensors; it is evaluated once.
-
-    With `block` it is the diagonal block of one parameter alone, on tuples of one tensor.
-    """
-    free = params if block is None else (params[block],)
+    """Return the Hessian of a closure as an operator on tuples of tensors; it is evaluated once."""
     if create_graph:
-        return _double_backward_operator(func, free, where, create_graph=True)
+        return _double_backward_operator(func, params, where, create_graph=True)
 
     def reverse() -> LinearOperator:
-        product = _pullback_of(func, params, where, block)
-        at = tuple(p.detach() for p in free)
+        product = _pullback_of(func, params, where)
+        at = tuple(p.detach() for p in params)
         return operator_on_leaves(product, at, mode="reverse_over_reverse")
 
     def plain() -> LinearOperator:
-        op = _double_backward_operator(func, free, where, create_graph=False)
-        op @ tuple(torch.zeros_like(p) for p in free)  # fails here if it fails at all
+        op = _double_backward_operator(func, params, where, create_graph=False)
+        op @ tuple(torch.zeros_like(p) for p in params)  # fails here if it fails at all
         return op
 
     _, op = first_exact(
@@ -102,18 +113,62 @@ def hessian_operator_of(
     return op
 
 
-def _pullback_of(
-    func: Func, params: Leaves, where: str, block: int | None = None
-) -> Callable[[Leaves], Leaves]:
+def hessian_diagonal_of(
+    func: Func, params: Leaves, *, create_graph: bool, where: str, strict: bool = False
+) -> Leaves:
+    """Return the diagonal of the Hessian of a closure, which is evaluated once; zeros for unused parameters.
+
+    By double backward block by block: a product with the block of one parameter leaves out all the others.
+    """
+
+    def blocks() -> Leaves:
+        product = plain_product(func, params, where, create_graph=create_graph)
+        if strict:
+            _refuse_unused(product, where)
+        return tuple(_block_diagonal(product, index) for index in range(len(params)))
+
+    def whole() -> Leaves:
+        op = hessian_operator_of(func, params, create_graph=False, where=where)
+        return exact_diagonal(op)  # type: ignore[no-any-return]
+
+    routes = [("double_backward", blocks)]
+    if not (create_graph or strict):
+        routes.append(("reverse_over_reverse", whole))
+    _, found = first_exact(routes, where=where, tensors=params, eager=_eagerly(func, params))
+    if create_graph:
+        return tuple(traceable(h, p) for h, p in zip(found, params, strict=True))
+    return found
+
+
+def _block_diagonal(product: DoubleBackward, index: int) -> Tensor:
+    like = product.params[index]
+    op = LinearOperator(
+        matvec=lambda v: product.block(index, v[None])[0],
+        like=like.detach(),
+        matmat=lambda vectors: product.block(index, vectors),
+    )
+    entries: Tensor = exact_diagonal(op, chunk_size=default_chunk_size(like.numel(), at_most=128))
+    return entries
+
+
+def _refuse_unused(product: DoubleBackward, where: str) -> None:
+    for index, gradient in enumerate(product.gradient):
+        if gradient is None:
+            raise ArgumentError(
+                message(
+                    where,
+                    f"strict=True, and the loss does not use params[{index}]",
+                    "Leave it out of params, or pass strict=False",
+                )
+            )
+
+
+def _pullback_of(func: Func, params: Leaves, where: str) -> Callable[[Leaves], Leaves]:
     """Return the product as the pullback of the gradient, made once."""
 
     def attempt(unused: Unused) -> Callable[[Leaves], Leaves]:
-        bound = _bound(func, params, unused, where)
-        loss, leaves = bound.at(forward=False, higher=False), bound.leaves
-        if block is None:
-            return pulled_back(loss, leaves, False)
-        before, after = leaves[:block], leaves[block + 1 :]
-        return pulled_back(lambda own: loss((*before, *own, *after)), (leaves[block],), False)
+        loss = _bound(func, params, unused, where)
+        return pulled_back(loss.at(forward=False, higher=False), loss.leaves, False)
 
     with torch.enable_grad():  # a hidden parameter shows in the history of the loss
         return with_unused_known(func, params, attempt, where)

@@ -14,12 +14,14 @@ from secorder_func.compat._gradient import (
     check_real,
     closure_gradient,
     closure_gradient_with_graph,
+    dense,
     traceable,
 )
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import evaluation
 from secorder_func.rules.cut_graphs import refuse_cut_history
-from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording
+from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.transforms.plain_autograd import gradients, recording
 
 __all__ = ["free_parameters", "likelihood_gradient", "loss_gradient", "total"]
 
@@ -41,6 +43,8 @@ def loss_gradient(
     """Return the gradient of `loss_fn(model(inputs), targets)`, zeros for frozen and unused parameters."""
     leaves, free = free_parameters(model, where)
     check_callable(loss_fn, where, name="loss_fn")
+
+    inputs, targets = without_inference_tensors((inputs, targets))
 
     def loss() -> Any:
         return loss_fn(model(inputs), targets)
@@ -69,7 +73,7 @@ def likelihood_gradient(
         if all(g is None for g in found):
             problem = "outputs do not depend on any parameter of the model"
             raise ArgumentError(message(where, problem, "Pass outputs = model(inputs)"))
-        gradient = or_zeros(found, free)
+        gradient = dense(found, free)
         if create_graph:
             refuse_cut_history([g.grad_fn for g in gradient if g.requires_grad])
             gradient = tuple(traceable(g, p) for g, p in zip(gradient, free, strict=True))

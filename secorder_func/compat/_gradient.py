@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_real",
     "closure_gradient",
     "closure_gradient_with_graph",
+    "dense",
     "freed",
     "traceable",
 ]
@@ -63,9 +64,9 @@ def closure_gradient(func: Func, params: Leaves, where: str, *, create_graph: bo
         if all(g is None for g in found):
             raise no_dependence(where)
         if not create_graph:
-            return or_zeros(found, params)
+            return dense(found, params)
         refuse_cut_history([g.grad_fn for g in found if g is not None and g.requires_grad])
-        pairs = zip(or_zeros(found, params), params, strict=True)
+        pairs = zip(dense(found, params), params, strict=True)
         return tuple(traceable(g, p) for g, p in pairs)
 
 
@@ -81,6 +82,11 @@ def closure_gradient_with_graph(func: Func, params: Leaves, where: str) -> Leave
     with recording():
         final: Any = _Final.apply
         return tuple(final(cause, g, p) for g, p in zip(values, params, strict=True))
+
+
+def dense(found: Sequence[Tensor | None], params: Leaves) -> Leaves:
+    """Return gradients without gaps: zeros for missing ones, and those of sparse embeddings in full."""
+    return tuple(g.to_dense() for g in or_zeros(found, params))
 
 
 def traceable(value: Tensor, param: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.compat._arguments import Leaves
-from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.errors import ArgumentError, ArgumentTypeError, NoExactRouteError, message
 from secorder_func.operators.chunks import chunks, default_chunk_size
+from secorder_func.rules import evaluated
+from secorder_func.rules.cut_graphs import UnrecordedBackwardError
 from secorder_func.transforms.plain_autograd import recording
 from secorder_func.transforms.plain_jacobian import PlainJacobian
 from secorder_func.transforms.policy import first_exact
 
-__all__ = ["ClosureJacobian"]
+__all__ = ["ClosureJacobian", "frozen_output"]
 
 T = TypeVar("T")
 
@@ -57,7 +59,7 @@ class ClosureJacobian:
         (self.output,) = self._plain.outputs
         self._height = self.output.numel()
         self._width = sum(p.numel() for p in params)
-        self._size = default_chunk_size(max(self._width, self._height))
+        self._size = default_chunk_size(max(self._width, self._height), at_most=256)
         self._is_real = not any(t.is_complex() for t in (self.output, *params))
 
     def push(self, vector: Leaves) -> Tensor:
@@ -89,6 +91,17 @@ class ClosureJacobian:
 
         return self._first_exact(products, lambda: self._inner_products(vectors))
 
+    def require_real_output(self) -> None:
+        """Refuse an output whose rows are no gradients."""
+        if self.output.is_complex():
+            raise ArgumentError(
+                message(
+                    self.where,
+                    f"the output must be real, got {self.output.dtype}",
+                    "Return its real and imaginary parts, with torch.view_as_real",
+                )
+            )
+
     def pull(self, cotangent: Tensor) -> Leaves:
         """Return `J^T u` for `u` shaped like the output."""
         return self._plain.pull((cotangent,))
@@ -104,12 +117,15 @@ class ClosureJacobian:
     def rows(self) -> Iterator[Leaves]:
         """Yield the rows of the Jacobian, some at a time: for each parameter `(rows, *p.shape)`."""
         for part in self._chunks(self._height):
-            yield self._plain.pull_several((tree.basis(self.output, part.start, part.stop),))
+            with recording(False):  # no inference tensors
+                basis = tree.basis(self.output, part.start, part.stop)
+            yield self._plain.pull_several((basis,))
 
     def dense(self) -> Leaves:
         """Return the whole Jacobian, for each parameter `(output.numel(), p.numel())`.
 
         By one backward pass for each output, or one product for each entry of the parameters, whichever are fewer.
+        The output must be real. Complex parameters go by rows, in torch's convention for gradients.
         """
 
         def by_rows() -> Leaves:
@@ -118,17 +134,18 @@ class ClosureJacobian:
                 return tuple(_flat(block) for block in rows)
 
         def by_columns() -> Leaves:
-            columns = [
-                self._plain.push_several(tree.basis(self.params, part.start, part.stop))[0]
-                for part in self._chunks(self._width)
-            ]
+            columns = []
+            for part in self._chunks(self._width):
+                with recording(False):
+                    basis = tree.basis(self.params, part.start, part.stop)
+                columns.append(self._plain.push_several(basis)[0])
             with self.recording():
                 whole = _flat(torch.cat(columns)).T
                 blocks = whole.split([p.numel() for p in self.params], dim=1)
                 pairs = zip(blocks, self.params, strict=True)
                 return tuple(block.to(p).contiguous() for block, p in pairs)
 
-        if 0 < self._width < self._height:
+        if self._is_real and 0 < self._width < self._height:
             return self._first_exact(by_columns, by_rows)
         return by_rows()
 
@@ -136,18 +153,18 @@ class ClosureJacobian:
         """Return `J v` of a single output as the inner product of its gradient with the vector."""
         with self.recording():
             pairs = zip(vector, self.pull(torch.ones_like(self.output)), strict=True)
-            terms = [(v * g).sum().to(self.output) for v, g in pairs]
+            terms = [(v * g.to_dense()).sum().to(self.output) for v, g in pairs]
             return torch.stack(terms).sum().reshape(self.output.shape)
 
     def _inner_products(self, vectors: Leaves) -> Tensor:
         """Return `J v` as the inner products of vectors with the rows of the Jacobian."""
-        parts = []
+        parts = [self.output.new_zeros((vectors[0].shape[0], 0))]
         with self.recording():
             for blocks in self.rows():
                 pairs = zip(vectors, blocks, strict=True)
                 terms = [(_flat(v) @ _flat(block).T).to(self.output) for v, block in pairs]
                 parts.append(torch.stack(terms).sum(0))
-            return torch.cat(parts, 1).reshape(-1, *self.output.shape)
+            return torch.cat(parts, 1).reshape(vectors[0].shape[0], *self.output.shape)
 
     def recording(self) -> AbstractContextManager[None]:
         """Return the context in which results are combined: with a graph where that was asked for."""
@@ -166,8 +183,18 @@ class ClosureJacobian:
         """Return what products with `J` give, or rows where torch has no second derivative of some function."""
         if not self._is_real:
             return products()
+
+        def by_products() -> T:
+            try:
+                return products()
+            except UnrecordedBackwardError as error:  # which rows do not ask for
+                raise NoExactRouteError(str(error)) from error
+
         _, found = first_exact(
-            [("product by double backward", products), ("one backward pass for each output", rows)],
+            [
+                ("product by double backward", by_products),
+                ("one backward pass for each output", rows),
+            ],
             where=self.where,
             tensors=self.params,
             eager=lambda: None,
@@ -177,10 +204,30 @@ class ClosureJacobian:
 
 def _flat(stacked: Tensor) -> Tensor:
     """Return a matrix whose rows are the entries of a stack."""
+    if stacked.layout != torch.strided:  # the gradient of a sparse embedding
+        stacked = stacked.to_dense()
     return stacked.reshape(stacked.shape[0], stacked.shape[1:].numel())
 
 
+def frozen_output(func: Callable[[], Any], params: Leaves, where: str) -> Tensor:
+    """Return the output of a model all of whose parameters are frozen, without a graph."""
+    output = evaluated(lambda rules: func(), forward=False, higher=False, protect=params)
+    return _checked_tensor(output, where).detach()
+
+
 def _checked_output(output: Any, where: str) -> Tensor:
+    if not _checked_tensor(output, where).requires_grad:
+        raise ArgumentError(
+            message(
+                where,
+                "the output does not depend on any parameter",
+                "Check what the closure returns",
+            )
+        )
+    return output  # type: ignore[no-any-return]
+
+
+def _checked_tensor(output: Any, where: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise ArgumentTypeError(
             message(
@@ -191,12 +238,4 @@ def _checked_output(output: Any, where: str) -> Tensor:
         )
     if not (output.is_floating_point() or output.is_complex()):
         raise ArgumentError(message(where, f"the output must be floating, got {output.dtype}"))
-    if not output.requires_grad:
-        raise ArgumentError(
-            message(
-                where,
-                "the output does not depend on any parameter",
-                "Check what the closure returns",
-            )
-        )
     return output

@@ -8,6 +8,7 @@ A hook that changes a gradient is another backward that belongs to no function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from torch.autograd.function import once_differentiable
 from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
-__all__ = ["history", "may_fail", "refuse_cut_history"]
+__all__ = [
+    "UnrecordedBackwardError",
+    "history",
+    "may_fail",
+    "refuse_cut_history",
+    "refuse_unrecorded_backwards",
+]
+
+
+class UnrecordedBackwardError(NoExactRouteError):
+    """A backward of the user's own hides what it computes: torch's transforms would not see it and be wrong."""
+
 
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
@@ -74,6 +86,33 @@ def refuse_cut_history(roots: Sequence[Any]) -> None:
             )
         if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
             raise NoExactRouteError("a function of the loss cannot be differentiated twice")
+
+
+@contextmanager
+def refuse_unrecorded_backwards(roots: Sequence[Any]) -> Iterator[bool]:
+    """Raise if a backward of the user's own returns a constant for a cotangent that is to be differentiated.
+
+    It computes with detached tensors or outside of torch, so that a second derivative would silently miss it. Yields
+    whether there are such functions at all: their cotangents must then be nonzero and require gradients.
+    """
+    kind: Any = torch.autograd.function.BackwardCFunction
+    nodes = [node for node in history(roots) if isinstance(node, kind)]
+
+    def check(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        if not any(g is not None and g.requires_grad for g in outputs):
+            return
+        if any(g is not None and not g.requires_grad and bool(g.any()) for g in inputs):
+            raise UnrecordedBackwardError(
+                "the backward of a custom autograd.Function is not recorded by autograd (it detaches what it is given, "
+                "or computes outside of torch), so it has no second derivative"
+            )
+
+    handles = [node.register_hook(check) for node in nodes]
+    try:
+        yield bool(nodes)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def may_fail(roots: Sequence[Any]) -> bool:

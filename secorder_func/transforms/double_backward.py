@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from secorder_func.rules import SecondOrderRules, evaluated, evaluation
-from secorder_func.rules.cut_graphs import refuse_cut_history
+from secorder_func.rules.cut_graphs import refuse_cut_history, refuse_unrecorded_backwards
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.plain_autograd import (
     gradients,
@@ -64,7 +65,9 @@ class DoubleBackward:
                 return [None] * len(params)
             refuse_cut_history([loss.grad_fn])
             self.higher = rules.higher
-            return gradients([loss], params, create_graph=True)
+            with refuse_unrecorded_backwards([loss.grad_fn]) as custom:
+                seed = [torch.ones_like(loss, requires_grad=True)] if custom else None
+                return gradients([loss], params, seed, create_graph=True)
 
         with recording():
             self.gradient = evaluated(
@@ -87,6 +90,14 @@ class DoubleBackward:
         pairs = paired(self.gradient, vectors)
         with self._under_rules():
             return pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
+
+    def block(self, index: int, vectors: Tensor) -> Tensor:
+        """Return the products of stacked vectors with the diagonal block of one parameter."""
+        pairs = paired(self.gradient[index : index + 1], (vectors,))
+        with self._under_rules():
+            own = (self.params[index],)
+            (found,) = pull_several(pairs, own, self.create_graph, vectors.shape[0])
+        return found
 
     @contextmanager
     def _under_rules(self) -> Iterator[None]:

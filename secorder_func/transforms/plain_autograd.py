@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.backward import grad_under_rules
+from secorder_func.rules.cut_graphs import UnrecordedBackwardError
 from secorder_func.transforms.loss import Leaves
 
 __all__ = [
@@ -53,7 +54,7 @@ def gradients(
     try:
         with _hooks_set_aside(inputs):
             found: Any = grad_under_rules(outputs, inputs, cotangents, allow_unused=True, **options)
-    except ArgumentError:
+    except (ArgumentError, UnrecordedBackwardError):
         raise
     except RuntimeError as error:
         cause = str(error).splitlines()[0].rstrip(".")

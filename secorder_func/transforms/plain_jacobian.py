@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated, evaluation
-from secorder_func.rules.cut_graphs import refuse_cut_history
+from secorder_func.rules.cut_graphs import refuse_cut_history, refuse_unrecorded_backwards
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.plain_autograd import (
     gradients,
@@ -96,12 +96,14 @@ class PlainJacobian:
             return pull_several(paired(pulled, vectors), cotangents, self.create_graph, count)
 
     def pullback(self) -> tuple[Leaves, list[Tensor | None]]:
-        """Return cotangents at zero and `J^T u` as a function of them."""
+        """Return some cotangents and `J^T u` as a function of them."""
         if self._pulled is not None:
             return self._pulled
-        refuse_cut_history(_roots(self.outputs))
-        with self.under_rules():
-            cotangents = tuple(torch.zeros_like(z, requires_grad=True) for z in self.outputs)
+        roots = _roots(self.outputs)
+        refuse_cut_history(roots)
+        with self.under_rules(), refuse_unrecorded_backwards(roots):
+            # `J^T u` is linear: any `u` will do, and one without zeros shows what is not recorded.
+            cotangents = tuple(torch.ones_like(z, requires_grad=True) for z in self.outputs)
             pairs = paired(self.outputs, cotangents)
             pulled: list[Tensor | None] = [None] * len(self.params)
             if pairs:

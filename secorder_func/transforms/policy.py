@@ -35,6 +35,7 @@ from secorder_func.errors import (
     message,
     warn_user,
 )
+from secorder_func.rules.cut_graphs import UnrecordedBackwardError
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.levels import differentiating_levels, unwrapped
 from secorder_func.rules.randomness import RandomState
@@ -172,7 +173,7 @@ def first_exact(
         try:
             with out_of_inference_mode():
                 result = compute()
-        except (ArgumentError, torch.OutOfMemoryError):
+        except (ArgumentError, UnrecordedBackwardError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             failures.append((name, error))

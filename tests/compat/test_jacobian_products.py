@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from secorder_func.compat.approximations import gauss_newton_matrix_approximation
+from secorder_func.compat.approximations import (
+    empirical_fisher_trace,
+    gauss_newton_matrix_approximation,
+)
 from secorder_func.compat.core.gvp import (
     batch_jvp,
     batch_vjp,
@@ -21,6 +24,8 @@ from secorder_func.compat.core.gvp import (
     model_vjp,
     vjp,
 )
+from secorder_func.compat.core.hessian_diagonal import hessian_diagonal
+from secorder_func.compat.core.hvp import exact_hvp
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -288,7 +293,7 @@ def test_a_frozen_parameter_gets_zeros_and_its_part_of_v_has_no_effect() -> None
         (lambda f, p: jvp(lambda: {"a": f()}, p, p), ArgumentTypeError, "one tensor, got dict"),
         (lambda f, p: jvp(lambda: f().detach(), p, p), ArgumentError, "does not depend"),
         (lambda f, p: vjp(f, p, torch.ones(3).double()), ArgumentError, r"Expected shape \(2, 2\)"),
-        (lambda f, p: vjp(f, p, torch.ones(2, 2)), ArgumentError, "match the output"),
+        (lambda f, p: vjp(f, p, torch.ones(4).cfloat()), ArgumentError, "real like the output"),
         (lambda f, p: vjp(f, p, 1.0), ArgumentTypeError, "must be a tensor, got float"),
         (lambda f, p: batch_jvp(f, p, [p[0][None], p[1].expand(2)]), ArgumentError, r"\[1, 2\]"),
         (lambda f, p: batch_jvp(f, p, p), ArgumentError, "leading axis|batch size"),
@@ -351,3 +356,170 @@ def test_frozen_parameters_are_left_out_and_unused_ones_get_zeros() -> None:
 def test_another_loss_is_refused(loss_fn: Any) -> None:
     with pytest.raises(ValueError, match="MSE-based loss functions, got"):
         gauss_newton_matrix_approximation(nn.Linear(1, 1), loss_fn, torch.ones(1, 1), 0.0)
+
+
+# --------------------------------------------------------------------- found by trying to break it
+
+
+class _Unrecorded(torch.autograd.Function):
+    """A square whose backward autograd does not record."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * ctx.saved_tensors[0].detach() * g.detach()
+
+
+def test_a_backward_that_is_not_recorded_is_seen_and_goes_output_by_output() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+
+    def func() -> Tensor:
+        return torch.cat([_Unrecorded.apply(x), x])
+
+    expected = torch.cat([2 * x.detach(), torch.ones(3).double()]) * v.repeat(2)
+    with pytest.warns(CurvatureFallbackWarning, match="not recorded"):
+        torch.testing.assert_close(jvp(func, [x], v), expected)
+    with pytest.warns(CurvatureFallbackWarning, match="not recorded"):
+        torch.testing.assert_close(batch_jvp(func, [x], v[None])[0], expected)
+    with pytest.warns(CurvatureFallbackWarning, match="not recorded"):
+        (found,) = full_jacobian(func, [x])
+    torch.testing.assert_close(found @ v, expected)
+
+
+class _UnrecordedForTransforms(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    backward = _Unrecorded.backward
+
+
+@pytest.mark.parametrize("square", [_Unrecorded, _UnrecordedForTransforms])
+def test_second_derivatives_of_a_backward_that_is_not_recorded_are_refused(square: Any) -> None:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    for function in (exact_hvp, hessian_diagonal):
+        arguments = (torch.ones_like(x),) if function is exact_hvp else ()
+        with pytest.raises(NoExactRouteError, match="not recorded"):
+            function(lambda: square.apply(x).sum(), [x], *arguments, create_graph=True)
+        with pytest.raises(NoExactRouteError, match="not recorded"):
+            function(lambda: square.apply(x).sum(), [x], *arguments)
+
+
+def test_a_custom_function_with_a_recorded_backward_is_exact() -> None:
+    class Recorded(_Unrecorded):
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * ctx.saved_tensors[0] * g
+
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(jvp(lambda: Recorded.apply(x), [x], v), 2 * x.detach() * v)
+    hv = exact_hvp(lambda: (Recorded.apply(x) ** 2).sum(), [x], v, create_graph=True)
+    torch.testing.assert_close(hv, 12 * x**2 * v)
+    (third,) = torch.autograd.grad(hv.sum(), x)
+    torch.testing.assert_close(third, 24 * x.detach() * v)
+
+
+def test_a_complex_output_has_no_matrix_of_gradients() -> None:
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ArgumentError, match="must be real"):
+        full_jacobian(lambda: torch.complex(x, x * x), [x])
+
+
+def test_complex_parameters_have_the_rows_of_their_gradients_whatever_the_shape() -> None:
+    z = torch.tensor([1.0 + 2.0j, 3.0 - 1.0j], dtype=torch.complex128, requires_grad=True)
+    for times in (1, 3):
+
+        def func(times: int = times) -> Tensor:
+            return torch.cat([z.real, z.imag, z.abs()] * times)
+
+        (found,) = full_jacobian(func, [z])
+        for row, entry in zip(found, func(), strict=True):
+            torch.testing.assert_close(row, torch.autograd.grad(entry, z, retain_graph=True)[0])
+
+
+def test_an_empty_output_has_empty_products() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    assert jvp(lambda: x[:0] * 2, [x], x.detach()).shape == (0,)
+    assert batch_jvp(lambda: x[:0] * 2, [x], torch.ones(2, 3).double()).shape == (2, 0)
+    assert full_jacobian(lambda: x[:0] * 2, [x])[0].shape == (0, 3)
+
+
+def test_all_parameters_frozen_give_zeros() -> None:
+    model = nn.Linear(2, 1).requires_grad_(False)
+    x = torch.ones(3, 2)
+    assert not model_jvp(model, x, [torch.ones(1, 2), torch.ones(1)]).any()
+    assert [tuple(p.shape) for p in model_vjp(model, x, torch.ones(3, 1))] == [(1, 2), (1,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_cotangent_is_converted_to_the_dtype_of_the_output(dtype: torch.dtype) -> None:
+    func, params = _two()
+    u = torch.tensor([1, 2, 3, 4])
+    oracles.assert_same(vjp(func, params, u.to(dtype)), vjp(func, params, u.double()))
+
+
+@pytest.mark.parametrize("call", [model_jvp, model_vjp])
+def test_inputs_made_in_inference_mode_are_taken(call: Callable[..., Any]) -> None:
+    model = nn.Linear(2, 1).double()
+    with torch.inference_mode():
+        x = torch.ones(3, 2, dtype=torch.float64)
+        v = [torch.ones_like(p) for p in model.parameters()]
+        u = torch.ones(3, 1, dtype=torch.float64)
+    argument = v if call is model_jvp else u
+    found = call(model, x, argument, create_graph=True)
+    total = found.sum() if isinstance(found, Tensor) else found[0].sum()
+    assert total.item() == pytest.approx(9.0 if call is model_jvp else 6.0)
+    y = torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        (jacobian,) = full_jacobian(lambda: y**2, [y], create_graph=True)
+    assert torch.autograd.grad(jacobian.sum(), y)[0].tolist() == [2.0, 2.0]
+
+
+def test_a_flat_complex_vector_over_real_parameters_is_refused() -> None:
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    z = torch.ones(2, dtype=torch.complex128, requires_grad=True)
+    with pytest.raises(ArgumentError, match="some of params are real"):
+        jvp(lambda: z * x, [x, z], torch.ones(4, dtype=torch.complex128))
+
+
+def test_the_mend_of_a_batch_builds_a_batch() -> None:
+    func, params = _two()
+    with pytest.raises(ArgumentError, match=r"torch\.randn\(batch, \*p\.shape\)"):
+        batch_jvp(func, params, [torch.ones(2, 3).double(), torch.ones(2).double()])
+
+
+def test_sparse_gradients_of_an_embedding_are_taken_in_full() -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(6, 2, sparse=True).double()
+    x, y = torch.tensor([1, 1, 4]), torch.zeros(3, 2, dtype=torch.float64)
+    dense = nn.Embedding(6, 2).double()
+    dense.load_state_dict(model.state_dict())
+    expected = torch.autograd.grad(F.mse_loss(dense(x), y), dense.weight)[0]
+    trace = empirical_fisher_trace(model, F.mse_loss, x, y)
+    torch.testing.assert_close(trace, expected.square().sum())
+    vs = torch.randn(20, 6, 2, dtype=torch.float64)
+    found = batch_jvp(lambda: model(x), [model.weight], vs)
+    torch.testing.assert_close(found, vs[:, x])
+
+
+def test_a_closure_that_counts_is_evaluated_once() -> None:
+    a, b = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    calls = []
+
+    def func() -> Tensor:
+        calls.append(1)
+        return ((a**2).sum() + (b**2).sum()) * len(calls)
+
+    for entries in hessian_diagonal(func, [a, b]):
+        assert entries.tolist() == [2.0, 2.0]
+    assert len(calls) == 1

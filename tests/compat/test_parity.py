@@ -210,7 +210,9 @@ def test_both_packages_give_the_same(
     assert [place for place, _ in found] == [place for place, _ in expected]
     assert any(part.abs().max() > 0 for _, part in expected)
     rtol = 1e-4 if path.startswith(SINGLE) else 1e-9
-    if "method" in options:  # the package stops when its eigenvalues stand still, its vectors not quite
+    if (
+        "method" in options
+    ):  # the package stops when its eigenvalues stand still, its vectors not quite
         rtol = 1e-3
     for (place, e), (_, f) in zip(expected, found, strict=True):
         assert f.shape == e.shape, place

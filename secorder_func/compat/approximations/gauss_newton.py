@@ -14,6 +14,7 @@ from secorder_func.compat._fisher import free_parameters
 from secorder_func.compat._gradient import traceable
 from secorder_func.compat._jacobian import ClosureJacobian
 from secorder_func.errors import ArgumentError, message
+from secorder_func.rules.inference import without_inference_tensors
 
 __all__ = ["gauss_newton_matrix_approximation"]
 
@@ -70,9 +71,11 @@ def gauss_newton_matrix_approximation(
     where = "gauss_newton_matrix_approximation"
     _, free = free_parameters(model, where)
     _check_squared_error(loss_fn, where)
+    inputs, targets = without_inference_tensors((inputs, targets))
     jacobian = ClosureJacobian(
         lambda: model(inputs) - targets, free, create_graph=create_graph, where=where
     )
+    jacobian.require_real_output()
     diagonal = [torch.zeros_like(p) for p in free]
     with jacobian.recording():
         for blocks in jacobian.rows():

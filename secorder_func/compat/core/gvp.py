@@ -19,7 +19,8 @@ from secorder_func.compat._arguments import (
     model_parameters,
     require_gradients,
 )
-from secorder_func.compat._jacobian import ClosureJacobian
+from secorder_func.compat._jacobian import ClosureJacobian, frozen_output
+from secorder_func.rules.inference import without_inference_tensors
 
 __all__ = [
     "batch_jvp",
@@ -89,7 +90,7 @@ def vjp(
     func, params, create_graph
         As for `jvp`.
     v
-        As many entries as the output has, in its shape or any other.
+        As many entries as the output has, in its shape or any other; converted to its dtype.
 
     Returns
     -------
@@ -150,6 +151,8 @@ def model_jvp(
     leaves = model_parameters(model, "model_jvp")
     vector = checked_vector(v, leaves, "model_jvp").leaves
     free = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
+    if not free:
+        return torch.zeros_like(frozen_output(lambda: model(x), leaves, "model_jvp"))
     jacobian = _model_jacobian(model, x, leaves, create_graph, "model_jvp")
     return jacobian.push(tuple(vector[index] for index in free))
 
@@ -185,6 +188,9 @@ def model_vjp(
     [tensor([[1., 2.]]), tensor([1.])]
     """
     leaves = model_parameters(model, "model_vjp")
+    if not any(leaf.requires_grad for leaf in leaves):
+        checked_cotangent(v, frozen_output(lambda: model(x), leaves, "model_vjp"), "model_vjp")
+        return _one_or_list(tuple(torch.zeros_like(leaf) for leaf in leaves))
     jacobian = _model_jacobian(model, x, leaves, create_graph, "model_vjp")
     found = iter(jacobian.pull(checked_cotangent(v, jacobian.output, "model_vjp")))
     return _one_or_list(
@@ -300,7 +306,9 @@ def full_jacobian(func: Func, params: list[Tensor], create_graph: bool = False) 
     [tensor([[ 2.,  1.],
             [ 0., 12.]])]
     """
-    return list(_jacobian(func, params, create_graph, "full_jacobian").dense())
+    jacobian = _jacobian(func, params, create_graph, "full_jacobian")
+    jacobian.require_real_output()
+    return list(jacobian.dense())
 
 
 def _jacobian(func: Func, params: list[Tensor], create_graph: bool, where: str) -> ClosureJacobian:
@@ -315,6 +323,7 @@ def _model_jacobian(
 ) -> ClosureJacobian:
     """Return the Jacobian in the parameters of a model that are not frozen."""
     free = tuple(leaf for leaf in leaves if leaf.requires_grad)
+    x = without_inference_tensors(x)
     return ClosureJacobian(lambda: model(x), free, create_graph=create_graph, where=where)
 
 

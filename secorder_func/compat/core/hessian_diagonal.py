@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from secorder_func.algorithms.diagonal import exact_diagonal
 from secorder_func.compat._arguments import (
     Leaves,
     check_func,
@@ -16,13 +15,9 @@ from secorder_func.compat._arguments import (
     checked_vector,
     model_parameters,
 )
-from secorder_func.compat._closure import hessian_operator_of, plain_product
-from secorder_func.compat._gradient import traceable
-from secorder_func.compat._visibility import NoDependenceError, no_dependence
+from secorder_func.compat._closure import hessian_diagonal_of
 from secorder_func.errors import ArgumentError, message
-from secorder_func.operators.chunks import default_chunk_size
-from secorder_func.rules.randomness import RandomState
-from secorder_func.transforms.plain_autograd import or_zeros, recording
+from secorder_func.transforms.plain_autograd import recording
 
 __all__ = ["hessian_diagonal", "model_hessian_diagonal"]
 
@@ -41,7 +36,8 @@ def hessian_diagonal(
     func
         A closure that returns the loss, one element.
     params
-        Distinct tensors. One that is frozen (`requires_grad=False`) or that the closure does not use gets zeros.
+        Distinct tensors. One that is frozen (`requires_grad=False`) or that the closure does not use gets zeros; a
+        closure that uses none of those that are not frozen is refused.
     v
         Factors: with them entry `i` of the result is `v_i * H_ii`.
     create_graph
@@ -61,8 +57,8 @@ def hessian_diagonal(
 
     Notes
     -----
-    Costs one product for every entry of `params`, with the block of its parameter alone, in vectorised chunks. The
-    closure is evaluated once for each parameter, with the same random numbers.
+    Costs one product for every entry of `params`, with the block of its parameter alone, in vectorised chunks; the
+    closure is evaluated once.
 
     Examples
     --------
@@ -120,42 +116,20 @@ def diagonal(
     factors = None if v is None else checked_vector(v, leaves, where).leaves
     free = tuple(leaf for leaf in leaves if leaf.requires_grad)
     if strict:
-        _require_all_used(func, leaves, where)
+        _require_all_free(leaves, where)
     with recording(create_graph):
-        found = iter(_diagonal(func, free, create_graph, where) if free else ())
+        found = iter(
+            hessian_diagonal_of(func, free, create_graph=create_graph, strict=strict, where=where)
+            if free
+            else ()
+        )
         result = [next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
         if factors is None:
             return result
         return [factor * entry for factor, entry in zip(factors, result, strict=True)]
 
 
-def _diagonal(func: Callable[[], Tensor], params: Leaves, create_graph: bool, where: str) -> Leaves:
-    """Return the diagonal block by block: a product with the block of one parameter leaves out all the others.
-
-    Every block draws the random numbers of one and the same evaluation.
-    """
-    state = RandomState.now(params)
-    blocks: list[Tensor | None] = []
-    for index, leaf in enumerate(params):
-        state.restore()
-        size = default_chunk_size(leaf.numel(), at_most=128)
-        try:
-            op = hessian_operator_of(
-                func, params, create_graph=create_graph, where=where, block=index
-            )
-            (block,) = exact_diagonal(op, chunk_size=size)
-        except NoDependenceError:
-            block = None
-        blocks.append(block)
-    if all(block is None for block in blocks):
-        raise no_dependence(where)
-    found = or_zeros(blocks, params)
-    if create_graph:
-        return tuple(traceable(h, p) for h, p in zip(found, params, strict=True))
-    return found
-
-
-def _require_all_used(func: Callable[[], Tensor], params: Leaves, where: str) -> None:
+def _require_all_free(params: Leaves, where: str) -> None:
     for index, leaf in enumerate(params):
         if not leaf.requires_grad:
             raise ArgumentError(
@@ -164,15 +138,6 @@ def _require_all_used(func: Callable[[], Tensor], params: Leaves, where: str) ->
                     # First in the words of torch, which programs match.
                     "One of the differentiated Tensors does not require grad: strict=True, and "
                     f"params[{index}] does not require grad",
-                    "Leave it out of params, or pass strict=False",
-                )
-            )
-    for index, gradient in enumerate(plain_product(func, params, where).gradient):
-        if gradient is None:
-            raise ArgumentError(
-                message(
-                    where,
-                    f"strict=True, and the loss does not use params[{index}]",
                     "Leave it out of params, or pass strict=False",
                 )
             )

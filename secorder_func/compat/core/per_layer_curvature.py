@@ -12,6 +12,7 @@ from torch.nn import Conv2d, Linear, Module
 
 from secorder_func.checks import check_callable
 from secorder_func.compat._arguments import checked_params
+from secorder_func.compat._closure import hessian_diagonal_of
 from secorder_func.compat._gradient import (
     check_real,
     closure_gradient,
@@ -19,10 +20,9 @@ from secorder_func.compat._gradient import (
     traceable,
 )
 from secorder_func.compat._visibility import NoDependenceError
-from secorder_func.compat.core.hessian_diagonal import diagonal
 from secorder_func.compat.core.utils import modules_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
-from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.plain_autograd import recording
 
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
@@ -64,9 +64,9 @@ def per_layer_hessian_diagonal(
 
     Notes
     -----
-    Costs one product for every entry of a layer, with the block of that layer alone, in vectorised chunks; the loss is
-    evaluated once a layer, with the same random numbers. Frozen parameters of a layer require gradients while the
-    function runs, also for other threads.
+    Costs one product for every entry of the layers, with the block of its parameter alone, in vectorised chunks; the
+    loss is evaluated once. Frozen parameters of a layer require gradients while the function runs, also for other
+    threads.
 
     Examples
     --------
@@ -78,29 +78,21 @@ def per_layer_hessian_diagonal(
     """
     where = "per_layer_hessian_diagonal"
     layers = _layers(model, loss_fn, layer_types, where)
-    state = RandomState.now(model.parameters())
-
-    def block(params: list[Tensor]) -> Tensor:
-        if not params:
-            return _nothing(model)
-        state.restore()
-        with freed(params), recording():
-            try:
-                found = diagonal(
-                    lambda: loss_fn(model(inputs), targets),
-                    params,
-                    None,
-                    create_graph,
-                    False,
-                    where,
-                )
-            except NoDependenceError:
-                found = [torch.zeros_like(p) for p in params]
-            if create_graph:
-                found = [traceable(d, p) for d, p in zip(found, params, strict=True)]
-            return _flat(found)
-
-    return {name: block(params) for name, params in layers.items()}
+    inputs, targets = without_inference_tensors((inputs, targets))
+    params = _distinct(layers)
+    if not params:
+        return {name: _nothing(model) for name in layers}
+    with freed(params), recording():
+        try:
+            found = hessian_diagonal_of(
+                lambda: loss_fn(model(inputs), targets),
+                params,
+                create_graph=create_graph,
+                where=where,
+            )
+        except NoDependenceError:
+            found = tuple(_zeros(p, create_graph) for p in params)
+        return _by_layer(layers, params, found, model)
 
 
 def per_layer_fisher_diagonal(
@@ -131,6 +123,7 @@ def per_layer_fisher_diagonal(
     """
     where = "per_layer_fisher_diagonal"
     layers = _layers(model, loss_fn, layer_types, where)
+    inputs, targets = without_inference_tensors((inputs, targets))
     params = _distinct(layers)
     if not params:
         return {name: _nothing(model) for name in layers}
@@ -140,14 +133,8 @@ def per_layer_fisher_diagonal(
                 lambda: loss_fn(model(inputs), targets), params, where, create_graph=create_graph
             )
         except NoDependenceError:
-            gradient = tuple(torch.zeros_like(p) for p in params)
-            if create_graph:
-                gradient = tuple(traceable(g, p) for g, p in zip(gradient, params, strict=True))
-        squares = {id(p): g.square() for p, g in zip(params, gradient, strict=True)}
-        return {
-            name: _flat([squares[id(p)] for p in found]) if found else _nothing(model)
-            for name, found in layers.items()
-        }
+            gradient = tuple(_zeros(p, create_graph) for p in params)
+        return _by_layer(layers, params, tuple(g.square() for g in gradient), model)
 
 
 def get_layer_curvature_stats(layer_curvatures: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -220,8 +207,23 @@ def _distinct(layers: dict[str, list[Tensor]]) -> tuple[Tensor, ...]:
     return tuple({id(p): p for found in layers.values() for p in found}.values())
 
 
-def _flat(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
+def _zeros(param: Tensor, create_graph: bool) -> Tensor:
+    zeros = torch.zeros_like(param)
+    return traceable(zeros, param) if create_graph else zeros
+
+
+def _by_layer(
+    layers: dict[str, list[Tensor]],
+    params: tuple[Tensor, ...],
+    entries: tuple[Tensor, ...],
+    model: Module,
+) -> dict[str, Tensor]:
+    """Return for each layer the entries of its parameters, in one flat tensor."""
+    of = {id(p): e.reshape(-1) for p, e in zip(params, entries, strict=True)}
+    return {
+        name: torch.cat([of[id(p)] for p in found]) if found else _nothing(model)
+        for name, found in layers.items()
+    }
 
 
 def _nothing(model: Module) -> Tensor:
