@@ -135,8 +135,8 @@ def _summary(values: list[float]) -> dict[str, float]:
 def relative_error(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Return `|result - truth| / |truth|` over all leaves together."""
     pairs = list(zip(result, truth, strict=True))
-    difference = sum(float((a.detach().double() - b).square().sum()) for a, b in pairs)
-    return float((difference / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5)
+    difference = sum(float((a.detach().double() - b.detach()).square().sum()) for a, b in pairs)
+    return float((difference / sum(float(b.detach().square().sum()) for _, b in pairs)) ** 0.5)
 
 
 def machine() -> dict[str, Any]:

@@ -40,8 +40,8 @@ class Installation:
 def install_as_torch_secorder() -> Installation:
     """Let `from torch_secorder.core.hvp import exact_hvp` import from `secorder_func.compat`.
 
-    Works for the whole process and for every submodule, whether or not the published package is installed. Calling it
-    again changes nothing.
+    Works for the whole process and for every submodule, whether or not the published package is installed; a process
+    that is spawned must call it too. Calling it again changes nothing.
 
     Returns
     -------

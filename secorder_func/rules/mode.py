@@ -29,6 +29,25 @@ T = TypeVar("T")
 _TENSOR: Any = torch.Tensor
 _GET_GRAD = _TENSOR.grad.__get__
 
+_LOOKS = frozenset(
+    {
+        _TENSOR._backward_hooks.__get__,
+        _TENSOR.device.__get__,
+        _TENSOR.dtype.__get__,
+        _TENSOR.is_nested.__get__,
+        _TENSOR.is_sparse.__get__,
+        _TENSOR.layout.__get__,
+        _TENSOR.ndim.__get__,
+        _TENSOR.shape.__get__,
+        _TENSOR.dim,
+        _TENSOR.is_complex,
+        _TENSOR.is_floating_point,
+        _TENSOR.numel,
+        _TENSOR.size,
+    }
+)
+"""What a tensor says of itself, the same for a stand-in. autograd asks for it several times a tensor."""
+
 _METHODS: dict[Any, Any] = {
     _TENSOR.__pow__: _TENSOR.pow,
     _TENSOR.__ipow__: _TENSOR.pow_,
@@ -93,6 +112,8 @@ class SecondOrderRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return self._repaired(func, args, kwargs)
+        if func in _LOOKS:
+            return func(*args, **kwargs)
 
         touched: set[int] = set()
         if self.shadows.replaced:

@@ -41,12 +41,12 @@ class Shadows:
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
         self.written: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.protected: set[int] = set()
+        self.protected: tuple[Tensor, ...] = ()
 
     def protect(self, tensors: Iterable[Tensor]) -> None:
         """Refuse writes to these tensors and to whatever shares their storage."""
         if not torch.compiler.is_compiling():
-            self.protected.update(_storage(tensor) for tensor in tensors)
+            self.protected = tuple(tensors)
 
     def note_captured(self, tensor: Tensor) -> None:
         """Remember a captured tensor that the loss uses: the result may be a view of it."""
@@ -74,7 +74,7 @@ class Shadows:
     def stand_in(self, tensor: Tensor) -> Tensor:
         """Return what takes the writes to a tensor: a copy if it is captured, itself if it was made here."""
         storage = _storage(tensor)
-        if storage in self.protected:
+        if any(storage == _storage(p) for p in self.protected):
             raise RuntimeError(
                 "the loss writes to a parameter in place, so that it is no function of the parameters; "
                 "write to a copy of it instead"

@@ -68,7 +68,8 @@ def gradients(
 @contextmanager
 def _hooks_set_aside(tensors: Leaves) -> Iterator[None]:
     """Take the hooks off tensors: what they do to a gradient is no part of the function."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    with torch._C.DisableTorchFunction():  # a look at each, which the rules need not see
+        hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
     for tensor, _ in hooked:
         tensor._backward_hooks = None
     try:
