@@ -1,7 +1,7 @@
 """How everything here is measured.
 
 Candidates are made, checked against an independent answer, warmed up, and then timed interleaved in one
-process (A B C, A B C, ...), so that whatever else the machine does meets all of them. The unit is one plain
+process (A B C, B C A, ...), so that whatever else the machine does meets all of them. The unit is one plain
 gradient of the same loss. A ratio is the median over the rounds of the ratio within a round, with its quartiles.
 """
 
@@ -109,9 +109,12 @@ def _interleaved(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]
         while time.perf_counter() < warm:
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times["gradient"]) < 3:
-        for name, run in runs.items():
+        turn = len(times["gradient"]) % len(order)
+        for name in order[turn:] + order[:turn]:  # whoever follows the gradient finds cold caches
+            run = runs[name]
             begin = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begin)
