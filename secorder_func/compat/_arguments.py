@@ -25,6 +25,7 @@ __all__ = [
     "checked_vector",
     "model_parameters",
     "require_gradients",
+    "with_frozen",
 ]
 
 Leaves = tuple[Tensor, ...]
@@ -94,6 +95,12 @@ def require_gradients(params: Leaves, where: str) -> None:
                 f"params[{index}] has requires_grad=False",
                 "Leave it out of params, or call requires_grad_() on it",
             )
+
+
+def with_frozen(found: Iterable[Tensor], params: Leaves) -> Leaves:
+    """Return what was found for the parameters that require gradients, with zeros for the frozen ones between."""
+    rest = iter(found)
+    return tuple(next(rest) if p.requires_grad else torch.zeros_like(p) for p in params)
 
 
 def checked_vector(v: Any, params: Leaves, where: str, name: str = "v") -> Vector:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.checks import check_callable
-from secorder_func.compat._arguments import Leaves, model_parameters
+from secorder_func.compat._arguments import Leaves, model_parameters, with_frozen
 from secorder_func.compat._gradient import (
     check_real,
     closure_gradient,
@@ -53,7 +53,7 @@ def loss_gradient(
         found = closure_gradient_with_graph(loss, free, where)
     else:
         found = closure_gradient(loss, free, where, create_graph=False)
-    return _spread(found, leaves)
+    return with_frozen(found, leaves)
 
 
 def likelihood_gradient(
@@ -77,7 +77,7 @@ def likelihood_gradient(
         if create_graph:
             refuse_cut_history([g.grad_fn for g in gradient if g.requires_grad])
             gradient = tuple(traceable(g, p) for g, p in zip(gradient, free, strict=True))
-    return _spread(gradient, leaves)
+    return with_frozen(gradient, leaves)
 
 
 def total(gradient: Leaves) -> Tensor:
@@ -88,12 +88,6 @@ def total(gradient: Leaves) -> Tensor:
     flat = [g.reshape(-1).to(dtype) for g in gradient]
     sums = [torch.dot(g, g) for g in flat]
     return torch.stack([s.to(sums[0].device) for s in sums]).sum()
-
-
-def _spread(found: Leaves, leaves: Leaves) -> Leaves:
-    """Return the leaves found for free parameters, with zeros for frozen ones between them."""
-    rest = iter(found)
-    return tuple(next(rest) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves)
 
 
 def _check_likelihood(outputs: Any, targets: Any, loss_type: Any, where: str) -> None:

@@ -6,8 +6,7 @@ from the exchange holds other data while the closure runs, so that a surface is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from secorder_func.compat._arguments import Leaves
 from secorder_func.compat._difference import other_data
+from secorder_func.compat._gradient import freed
 from secorder_func.compat._visibility import reached
 from secorder_func.errors import CurvatureFallbackWarning, message, warn_user
 from secorder_func.rules import SecondOrderRules
@@ -86,7 +86,9 @@ def closure_surface(
         return swept(value, point, directions, points, chunk_size=1, exact=False)
 
     state = RandomState.now(params)
-    with out_of_inference_mode(), torch.enable_grad(), _seen_in_history(params):
+    # Frozen parameters, too, leave their trace in the history of a loss that reaches them directly.
+    traced = freed(p for p in params if not p.is_inference())
+    with out_of_inference_mode(), torch.enable_grad(), traced:
         while True:
             try:
                 losses = sweep(hidden).detach()
@@ -105,16 +107,3 @@ def closure_surface(
             CurvatureFallbackWarning,
         )
     return losses
-
-
-@contextmanager
-def _seen_in_history(params: Leaves) -> Iterator[None]:
-    """Let frozen parameters, too, leave their trace in the history of a loss that reaches them directly."""
-    frozen = [p for p in params if not p.requires_grad and not p.is_inference()]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)

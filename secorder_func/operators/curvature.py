@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,7 @@ from secorder_func.transforms.policy import (
     no_exact_route,
     routes_for,
 )
-from secorder_func.transforms.torch_func import grad, vjp_aux
+from secorder_func.transforms.torch_func import grad, vjp_aux, without_vmap_warnings
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_back"]
@@ -273,8 +272,7 @@ def operator_on_leaves(
 
     def several(vectors: Leaves) -> Leaves:
         try:
-            with warnings.catch_warnings():  # the user did not ask for vmap
-                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            with without_vmap_warnings():
                 result: Leaves = batched(vectors)
         except torch.OutOfMemoryError:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from secorder_func.rules.inference import out_of_inference_mode, without_inferen
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.policy import differentiated_outside, in_transform
+from secorder_func.transforms.torch_func import without_vmap_warnings
 from secorder_func.typing import LossFn, Tree
 
 __all__ = ["default_chunk_size", "loss_surface", "swept"]
@@ -152,8 +152,7 @@ def swept(
         return one_by_one()
     state = RandomState.now(leaves)
     try:
-        with warnings.catch_warnings():  # the user did not ask for vmap
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with without_vmap_warnings():
             return _replayed([partial(batched, rows) for rows in points.split(chunk_size)], leaves)
     except (ArgumentError, torch.OutOfMemoryError):
         raise

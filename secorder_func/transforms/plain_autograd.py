@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.cut_graphs import UnrecordedBackwardError
 from secorder_func.transforms.loss import Leaves
+from secorder_func.transforms.torch_func import without_vmap_warnings
 
 __all__ = [
     "gradients",
@@ -116,8 +116,7 @@ def pull_several(pairs: Pairs, params: Leaves, create_graph: bool, count: int) -
         return tuple(g for g in found if g is not None)
 
     try:
-        with warnings.catch_warnings():  # the user did not ask for vmap
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with without_vmap_warnings():
             batched: Leaves = vmap(one, randomness="same")(cotangents)
     except torch.OutOfMemoryError:
         raise

@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch.func
 from torch.func import grad
 
-__all__ = ["grad", "jvp", "jvp_aux", "vjp", "vjp_aux"]
+__all__ = ["grad", "jvp", "jvp_aux", "vjp", "vjp_aux", "without_vmap_warnings"]
 
 Function = Callable[..., Any]
+
+
+@contextmanager
+def without_vmap_warnings() -> Iterator[None]:
+    """Keep vmap's advice on speed from a user who did not ask for vmap."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
 
 
 @cache

@@ -18,6 +18,7 @@ from secorder_func.compat._arguments import (
     checked_vector,
     model_parameters,
     require_gradients,
+    with_frozen,
 )
 from secorder_func.compat._jacobian import ClosureJacobian, frozen_output
 from secorder_func.rules.inference import without_inference_tensors
@@ -190,12 +191,10 @@ def model_vjp(
     leaves = model_parameters(model, "model_vjp")
     if not any(leaf.requires_grad for leaf in leaves):
         checked_cotangent(v, frozen_output(lambda: model(x), leaves, "model_vjp"), "model_vjp")
-        return _one_or_list(tuple(torch.zeros_like(leaf) for leaf in leaves))
+        return _one_or_list(with_frozen((), leaves))
     jacobian = _model_jacobian(model, x, leaves, create_graph, "model_vjp")
-    found = iter(jacobian.pull(checked_cotangent(v, jacobian.output, "model_vjp")))
-    return _one_or_list(
-        tuple(next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves)
-    )
+    found = jacobian.pull(checked_cotangent(v, jacobian.output, "model_vjp"))
+    return _one_or_list(with_frozen(found, leaves))
 
 
 def batch_jvp(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -14,6 +13,7 @@ from secorder_func.compat._arguments import (
     checked_params,
     checked_vector,
     model_parameters,
+    with_frozen,
 )
 from secorder_func.compat._closure import hessian_diagonal_of
 from secorder_func.errors import ArgumentError, message
@@ -118,12 +118,12 @@ def diagonal(
     if strict:
         _require_all_free(leaves, where)
     with recording(create_graph):
-        found = iter(
-            hessian_diagonal_of(func, free, create_graph=create_graph, strict=strict, where=where)
-            if free
-            else ()
-        )
-        result = [next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+        found: Leaves = ()
+        if free:
+            found = hessian_diagonal_of(
+                func, free, create_graph=create_graph, strict=strict, where=where
+            )
+        result = list(with_frozen(found, leaves))
         if factors is None:
             return result
         return [factor * entry for factor, entry in zip(factors, result, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -19,6 +18,7 @@ from secorder_func.compat._arguments import (
     checked_vector,
     model_parameters,
     require_gradients,
+    with_frozen,
 )
 from secorder_func.compat._closure import (
     gauss_newton,
@@ -323,12 +323,10 @@ def _over_model(
     """Return a product over all parameters of a model, zeros for the frozen ones."""
     leaves = model_parameters(model, where)
     vector = checked_vector(v, leaves, where)
-    result = [torch.zeros_like(leaf) for leaf in leaves]
     free = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
+    found: Leaves = ()
     if free:
         found = product(
             tuple(leaves[index] for index in free), tuple(vector.leaves[index] for index in free)
         )
-        for index, leaf in zip(free, found, strict=True):
-            result[index] = leaf
-    return vector.restore(tuple(result))
+    return vector.restore(with_frozen(found, leaves))
