@@ -500,3 +500,8 @@ def test_all_pairs_of_a_small_model_are_the_whole_spectrum() -> None:
     oracles.assert_same(values, torch.linalg.eigvalsh(_hessian(case)).flip(0), 1e-9)
     X = torch.stack([_flat(v) for v in vectors])
     torch.testing.assert_close(X @ X.T, torch.eye(3).double())
+
+
+def test_a_block_of_another_shape_is_shown_as_the_caller_has_it() -> None:
+    with pytest.raises(ArgumentError, match=r"Expected \(3, 2\), got \(2, 2\)"):
+        power_iteration(lambda v: v[:2], 3, num_vectors=2)

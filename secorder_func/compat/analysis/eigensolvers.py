@@ -107,7 +107,14 @@ def power_iteration(
 
     def solve(product: Callable[[Tensor], Any], start: Tensor) -> Eigenpairs:
         def rows(vectors: Tensor) -> Any:
-            columns = product(vectors.T.contiguous())
+            block = vectors.T.contiguous()
+            columns = product(block)
+            if isinstance(columns, Tensor) and columns.shape != block.shape:
+                problem = (  # in the orientation of the caller's own blocks
+                    "the product must have the shape of its vectors. "
+                    f"Expected {tuple(block.shape)}, got {tuple(columns.shape)}"
+                )
+                raise ArgumentError(message(where, problem))
             return columns.T if isinstance(columns, Tensor) and columns.ndim == 2 else columns
 
         return _power.power_iteration(
