@@ -12,11 +12,10 @@ from torch import Tensor
 from secorder_func.compat._arguments import Leaves
 from secorder_func.compat._visibility import no_dependence
 from secorder_func.errors import ArgumentError, NoExactRouteError, message
-from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.cut_graphs import refuse_cut_history
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import checked_scalar
-from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording
+from secorder_func.transforms.plain_autograd import PlainEvaluation, gradients, or_zeros, recording
 
 __all__ = [
     "check_real",
@@ -49,18 +48,17 @@ def closure_gradient(func: Func, params: Leaves, where: str, *, create_graph: bo
     With `create_graph` every leaf has a history that reaches its parameter, and derivatives of it are right or refused
     with a `NoExactRouteError`.
     """
-
-    def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
-        loss = checked_scalar(func(), where)
-        if not loss.requires_grad:
-            return [None] * len(params)
-        if create_graph:
-            refuse_cut_history([loss.grad_fn])
+    evaluation = PlainEvaluation(
+        lambda: (checked_scalar(func(), where),), params, create_graph=create_graph
+    )
+    (loss,) = evaluation.outputs
+    if not loss.requires_grad:
+        raise no_dependence(where)
+    if create_graph:
+        evaluation.history.refuse_cuts()
+    with evaluation.differentiating():
         # The graph is kept: a part of it may be the user's.
-        return gradients([loss], params, create_graph=create_graph, retain_graph=True)
-
-    with recording():
-        found = evaluated(differentiate, forward=False, higher=create_graph, protect=params)
+        found = gradients([loss], params, create_graph=create_graph, retain_graph=True)
         if all(g is None for g in found):
             raise no_dependence(where)
         if not create_graph:

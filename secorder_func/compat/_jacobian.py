@@ -59,7 +59,6 @@ class ClosureJacobian:
         (self.output,) = self._plain.outputs
         self._height = self.output.numel()
         self._width = sum(p.numel() for p in params)
-        self._size = default_chunk_size(max(self._width, self._height), at_most=256)
         self._is_real = not any(t.is_complex() for t in (self.output, *params))
 
     def push(self, vector: Leaves) -> Tensor:
@@ -153,7 +152,7 @@ class ClosureJacobian:
         """Return `J v` of a single output as the inner product of its gradient with the vector."""
         with self.recording():
             pairs = zip(vector, self.pull(torch.ones_like(self.output)), strict=True)
-            terms = [(v * g.to_dense()).sum().to(self.output) for v, g in pairs]
+            terms = [_inner(v, g.to_dense()).to(self.output) for v, g in pairs]
             return torch.stack(terms).sum().reshape(self.output.shape)
 
     def _inner_products(self, vectors: Leaves) -> Tensor:
@@ -177,7 +176,8 @@ class ClosureJacobian:
             return tuple(torch.cat(blocks) for blocks in zip(*parts, strict=True))
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        return chunks(count, self._size, self.where)
+        size = default_chunk_size(max(self._width, self._height), at_most=256)
+        return chunks(count, size, self.where)
 
     def _first_exact(self, products: Callable[[], T], rows: Callable[[], T]) -> T:
         """Return what products with `J` give, or rows where torch has no second derivative of some function."""
@@ -200,6 +200,11 @@ class ClosureJacobian:
             eager=lambda: None,
         )
         return found
+
+
+def _inner(v: Tensor, g: Tensor) -> Tensor:
+    """Return the inner product without a copy, as a multiplication and a sum would make."""
+    return torch.dot(v.reshape(-1), g.reshape(-1))
 
 
 def _flat(stacked: Tensor) -> Tensor:

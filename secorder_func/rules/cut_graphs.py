@@ -20,6 +20,7 @@ from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules.registry import Rules, repairs
 
 __all__ = [
+    "History",
     "UnrecordedBackwardError",
     "history",
     "may_fail",
@@ -68,35 +69,77 @@ def _no_second_derivative(name: str) -> str:
     return f"the backward of {name} is marked once_differentiable, so it has no second derivative"
 
 
-def refuse_cut_history(roots: Sequence[Any]) -> None:
-    """Raise if a plain autograd history passes a node that cannot be differentiated twice."""
-    for node in history(roots):
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and _is_once_differentiable(function):
-            raise NoExactRouteError(_no_second_derivative(function.__name__))
-        if node.name() == "CheckpointFunctionBackward":
-            raise NoExactRouteError(
-                "reentrant activation checkpointing hides the graph of its segment; "
-                "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
-            )
-        if node.name() == "CompiledFunctionBackward":
-            raise NoExactRouteError(
-                "a part of the loss is compiled by torch.compile, whose gradient has no derivative (some backends give "
-                "partial sums, silently). Use the function or module that it was made from"
-            )
-        if node.name() in ("torch::autograd::Error", "DelayedErrorBackward", "Error"):
+class History:
+    """What the plain autograd history below some nodes is made of, from one walk through it.
+
+    Attributes
+    ----------
+    custom
+        The nodes of functions written in Python, whose backward may call anything.
+    oldest
+        The lowest sequence number, which nodes are given as they are made.
+    """
+
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self.custom: list[Any] = []
+        self.oldest = _NEWEST
+        self._odd: list[Any] = []
+        for node in history(roots):
+            self.oldest = min(self.oldest, node._sequence_nr())
+            if type(node) in _ORDINARY:
+                continue
+            if isinstance(node, _CUSTOM):
+                self.custom.append(node)
+            elif _is_ordinary(node):
+                if (
+                    type(node).__name__ != "CppFunction"
+                ):  # that of all which torch has not registered
+                    _ORDINARY.add(type(node))
+            else:
+                self._odd.append(node)
+
+    def refuse_cuts(self) -> None:
+        """Raise if a node cannot be differentiated twice."""
+        for node in self.custom:
+            function = getattr(node, "_forward_cls", None)
+            if function is not None and _is_once_differentiable(function):
+                raise NoExactRouteError(_no_second_derivative(function.__name__))
+            if node.name() == "CheckpointFunctionBackward":
+                raise NoExactRouteError(
+                    "reentrant activation checkpointing hides the graph of its segment; "
+                    "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+                )
+            if node.name() == "CompiledFunctionBackward":
+                raise NoExactRouteError(
+                    "a part of the loss is compiled by torch.compile, whose gradient has no derivative (some backends "
+                    "give partial sums, silently). Use the function or module that it was made from"
+                )
+        if self._odd:
             raise NoExactRouteError("a function of the loss cannot be differentiated twice")
 
 
+_CUSTOM: Any = torch.autograd.function.BackwardCFunction
+_NEWEST = 2**64 - 1
+_ORDINARY: set[type] = set()
+"""Types of nodes met before that torch differentiates twice, as almost all are."""
+
+
+def _is_ordinary(node: Any) -> bool:
+    return node.name() not in ("torch::autograd::Error", "DelayedErrorBackward", "Error")
+
+
+def refuse_cut_history(roots: Sequence[Any]) -> None:
+    """Raise if a plain autograd history passes a node that cannot be differentiated twice."""
+    History(roots).refuse_cuts()
+
+
 @contextmanager
-def refuse_unrecorded_backwards(roots: Sequence[Any]) -> Iterator[bool]:
+def refuse_unrecorded_backwards(nodes: Sequence[Any]) -> Iterator[bool]:
     """Raise if a backward of the user's own returns a constant for a cotangent that is to be differentiated.
 
     It computes with detached tensors or outside of torch, so that a second derivative would silently miss it. Yields
     whether there are such functions at all: their cotangents must then be nonzero and require gradients.
     """
-    kind: Any = torch.autograd.function.BackwardCFunction
-    nodes = [node for node in history(roots) if isinstance(node, kind)]
 
     def check(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         if not any(g is not None and g.requires_grad for g in outputs):

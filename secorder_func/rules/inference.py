@@ -28,7 +28,10 @@ def without_inference_tensors(value: Any) -> Any:
     """Return a tree with copies of the tensors that were made in inference mode, which autograd cannot save."""
     if torch.compiler.is_compiling():
         return value
-    if not any(tensor.is_inference() for tensor in tree.tensors_in(value)):
+    if isinstance(value, Tensor):
+        if not value.is_inference():
+            return value
+    elif not any(tensor.is_inference() for tensor in tree.tensors_in(value)):
         return value
 
     def copied(leaf: Any) -> Any:

@@ -48,6 +48,9 @@ _LOOKS = frozenset(
 )
 """What a tensor says of itself, the same for a stand-in. autograd asks for it several times a tensor."""
 
+_REGISTER_HOOK = _TENSOR.register_hook
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
 _METHODS: dict[Any, Any] = {
     _TENSOR.__pow__: _TENSOR.pow,
     _TENSOR.__ipow__: _TENSOR.pow_,
@@ -57,7 +60,15 @@ _METHODS: dict[Any, Any] = {
 
 
 class SecondOrderRules(TorchFunctionMode):
-    """Repairs torch functions, exchanges tensors by identity, keeps writes from captured tensors."""
+    """Repairs torch functions, exchanges tensors by identity, keeps writes from captured tensors.
+
+    Attributes
+    ----------
+    seen
+        The ids of the exchanged tensors that some torch function was given.
+    hooked
+        Whether hooks were at work, so that a backward pass through what was computed calls Python.
+    """
 
     def __init__(
         self,
@@ -79,6 +90,7 @@ class SecondOrderRules(TorchFunctionMode):
             self._plain = ("R", "")  # perhaps: an outer level may be all that there is
         self.shadows = Shadows()
         self.seen: set[int] = set()
+        self.hooked = False
         for original, stand_in in exchange or ():
             self.shadows.replaced[id(original)] = (original, stand_in)
         self.shadows.protect(protect)
@@ -115,19 +127,23 @@ class SecondOrderRules(TorchFunctionMode):
         if func in _LOOKS:
             return func(*args, **kwargs)
 
+        if not self.hooked:
+            self.hooked = func == _REGISTER_HOOK or _saved_tensors_hooks(False) is not None
+        shadows = self.shadows
         touched: set[int] = set()
-        if self.shadows.replaced:
+        if shadows.replaced:
             args = self._exchanged(args, touched)
-            kwargs = self._exchanged(kwargs, touched)
-        args, kwargs, writes = redirected(func, args, kwargs, self.shadows.stand_in)
+            if kwargs:
+                kwargs = self._exchanged(kwargs, touched)
+        args, kwargs, writes = redirected(func, args, kwargs, shadows.stand_in)
         if args and not writes and isinstance(args[0], Tensor):
-            self.shadows.note_captured(args[0])
+            shadows.note_captured(args[0])
 
         result = self._repaired(_METHODS.get(func, func), args, kwargs)
         if touched and _holds_tensor(result):
             self.seen |= touched
-        if self.shadows.remembers and func != _GET_GRAD:
-            self.shadows.note_born(result)
+        if shadows.remembers and func != _GET_GRAD:
+            shadows.note_born(result)
         return result
 
     def _repaired(
@@ -188,7 +204,7 @@ def evaluation(
     rules = SecondOrderRules(
         forward=forward, higher=higher, inside=inside, exchange=exchange, protect=protect
     )
-    return _traced(rules) if torch.compiler.is_compiling() else _guarded(rules)
+    return _traced(rules) if torch.compiler.is_compiling() else _Guarded(rules)
 
 
 def evaluated(
@@ -234,17 +250,31 @@ def _traced(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
         torch.backends.mha._is_fastpath_enabled = fused
 
 
-@contextmanager
-def _guarded(rules: SecondOrderRules) -> Iterator[SecondOrderRules]:
-    forward_enabled = torch._C._is_fwd_grad_enabled()
-    # TorchScript specialises a function for the first inputs that it sees. Should these be functorch's, it would
-    # give no gradients ever after; unoptimised, it does not specialise. The switch is local to the thread.
-    specialising = torch._C._get_graph_executor_optimize()
-    torch._C._set_graph_executor_optimize(False)
-    try:
-        with module_attributes_restored(rules.shadows.is_captured), rules:
-            yield rules
-    finally:
+class _Guarded:
+    """The rules, and what of torch's own state an evaluation may not leave changed.
+
+    A class because a generator's context costs several times as much, at every evaluation.
+    """
+
+    __slots__ = ("_attributes", "_forward_enabled", "_rules", "_specialising")
+
+    def __init__(self, rules: SecondOrderRules) -> None:
+        self._rules = rules
+        self._attributes = module_attributes_restored(rules.shadows.is_captured)
+
+    def __enter__(self) -> SecondOrderRules:
+        self._forward_enabled = torch._C._is_fwd_grad_enabled()
+        # TorchScript specialises a function for the first inputs that it sees. Should these be functorch's, it would
+        # give no gradients ever after; unoptimised, it does not specialise. The switch is local to the thread.
+        self._specialising = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+        self._attributes.__enter__()
+        self._rules.__enter__()  # type: ignore[no-untyped-call]
+        return self._rules
+
+    def __exit__(self, *error: Any) -> None:
+        self._rules.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._attributes.__exit__(*error)
         torch.clear_autocast_cache()  # an autocast around the call would keep casts of dead wrappers
-        torch._C._set_graph_executor_optimize(specialising)
-        torch._C._set_fwd_grad_enabled(forward_enabled)
+        torch._C._set_graph_executor_optimize(self._specialising)
+        torch._C._set_fwd_grad_enabled(self._forward_enabled)

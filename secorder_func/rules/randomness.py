@@ -26,7 +26,7 @@ class RandomState:
     @staticmethod
     def now(tensors: Iterable[Tensor]) -> RandomState:
         """Return the present state, for the devices on which `tensors` are."""
-        devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+        devices = {t.device for t in tensors if not (t.is_cpu or t.is_meta)}
         others = tuple(
             (device, torch.get_device_module(device).get_rng_state(device)) for device in devices
         )

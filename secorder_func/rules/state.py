@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_
 from typing import Any
 
@@ -151,40 +151,48 @@ def _everything(tensor: Tensor) -> bool:
     return True
 
 
-@contextmanager
 def module_attributes_restored(
     is_captured: Callable[[Tensor], bool] = _everything,
-) -> Iterator[None]:
-    """Put back, on exit, the attributes and buffers that modules called inside assigned to themselves.
+) -> AbstractContextManager[None]:
+    """Put back, on exit, the attributes and buffers that modules called inside assigned to themselves."""
+    return nullcontext() if torch.compiler.is_compiling() else _ModuleAttributes(is_captured)
+
+
+class _ModuleAttributes:
+    """What modules were before they were called.
 
     A buffer's reference is put back only if what stood there is captured and what stands there was made inside:
     `functional_call` exchanges buffers too, and puts its own back, perhaps in another thread at this moment.
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    before: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
-    thread = threading.get_ident()
 
-    def remember(module: nn.Module, args: Any) -> None:
-        if id(module) not in before and threading.get_ident() == thread:
-            refuse_sharded(module)
-            before[id(module)] = (module, dict(module.__dict__), dict(module._buffers))
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                without_reducer(module)
+    __slots__ = ("_before", "_hook", "_is_captured", "_thread")
 
-    hook = register_module_forward_pre_hook(remember)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for module, attributes, buffers in before.values():
+    def __init__(self, is_captured: Callable[[Tensor], bool]) -> None:
+        self._is_captured = is_captured
+        self._before: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+        self._hook = register_module_forward_pre_hook(self._remember)
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+        for module, attributes, buffers in self._before.values():
             _restore(module.__dict__, attributes)
             for name, now in list(module._buffers.items()):
                 was = buffers.get(name)
-                older = was is None or is_captured(was)
-                if older and now is not was and now is not None and not is_captured(now):
+                if now is was or now is None or self._is_captured(now):
+                    continue
+                if was is None or self._is_captured(was):
                     module._buffers[name] = was
+
+    def _remember(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._before or threading.get_ident() != self._thread:
+            return
+        refuse_sharded(module)
+        self._before[id(module)] = (module, dict(module.__dict__), dict(module._buffers))
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            without_reducer(module)
 
 
 _MISSING = object()

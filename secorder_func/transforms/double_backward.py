@@ -6,16 +6,16 @@ activation checkpointing); and the way of a closure to a result with a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from secorder_func.rules import SecondOrderRules, evaluated, evaluation
-from secorder_func.rules.cut_graphs import refuse_cut_history, refuse_unrecorded_backwards
+from secorder_func.rules import SecondOrderRules, evaluated
+from secorder_func.rules.cut_graphs import History, refuse_unrecorded_backwards
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.plain_autograd import (
+    PlainEvaluation,
     gradients,
     or_zeros,
     paired,
@@ -55,57 +55,49 @@ class DoubleBackward:
     ) -> None:
         self.params = params
         self.create_graph = create_graph
-        self.higher = create_graph
-        self.seen: set[int] = set()
+        self._evaluation = PlainEvaluation(
+            lambda: (evaluate(),),
+            params,
+            create_graph=create_graph,
+            exchange=[(p, p) for p in params],  # to see which are used
+        )
+        self.seen = self._evaluation.seen
+        self.gradient = self._differentiated()
+        History(
+            [g.grad_fn for g in self.gradient if g is not None and g.requires_grad]
+        ).refuse_cuts()
 
-        def differentiate(rules: SecondOrderRules) -> list[Tensor | None]:
-            loss = evaluate()
-            self.seen = rules.seen
-            if not loss.requires_grad:
-                return [None] * len(params)
-            refuse_cut_history([loss.grad_fn])
-            self.higher = rules.higher
-            with refuse_unrecorded_backwards([loss.grad_fn]) as custom:
-                seed = [torch.ones_like(loss, requires_grad=True)] if custom else None
-                return gradients([loss], params, seed, create_graph=True)
-
-        with recording():
-            self.gradient = evaluated(
-                differentiate,
-                forward=False,
-                higher=create_graph,
-                exchange=[(p, p) for p in params],  # to see which are used
-                protect=params,
-            )
-        refuse_cut_history([g.grad_fn for g in self.gradient if g is not None and g.requires_grad])
+    def _differentiated(self) -> list[Tensor | None]:
+        (loss,), history = self._evaluation.outputs, self._evaluation.history
+        if not loss.requires_grad:
+            return [None] * len(self.params)
+        history.refuse_cuts()
+        with (
+            self._evaluation.differentiating(),
+            refuse_unrecorded_backwards(history.custom) as custom,
+        ):
+            seed = [torch.ones_like(loss, requires_grad=True)] if custom else None
+            return gradients([loss], self.params, seed, create_graph=True)
 
     def __call__(self, vector: Leaves) -> Leaves:
         """Return the product with one vector."""
         pairs = paired(self.gradient, vector)
-        with self._under_rules():
+        with self._evaluation.differentiating():
             return pull(pairs, self.params, create_graph=self.create_graph)
 
     def several(self, vectors: Leaves) -> Leaves:
         """Return the products with vectors stacked along a leading axis."""
         pairs = paired(self.gradient, vectors)
-        with self._under_rules():
+        with self._evaluation.differentiating():
             return pull_several(pairs, self.params, self.create_graph, vectors[0].shape[0])
 
     def block(self, index: int, vectors: Tensor) -> Tensor:
         """Return the products of stacked vectors with the diagonal block of one parameter."""
         pairs = paired(self.gradient[index : index + 1], (vectors,))
-        with self._under_rules():
+        with self._evaluation.differentiating():
             own = (self.params[index],)
             (found,) = pull_several(pairs, own, self.create_graph, vectors.shape[0])
         return found
-
-    @contextmanager
-    def _under_rules(self) -> Iterator[None]:
-        with (
-            recording(),
-            evaluation(forward=False, higher=self.higher, protect=self.params),
-        ):
-            yield
 
 
 def plain_gradient(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from secorder_func.errors import ArgumentError, NoExactRouteError
+from secorder_func.rules import SecondOrderRules, evaluated, evaluation
 from secorder_func.rules.backward import grad_under_rules
-from secorder_func.rules.cut_graphs import UnrecordedBackwardError
+from secorder_func.rules.cut_graphs import History, UnrecordedBackwardError
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.torch_func import without_vmap_warnings
 
 __all__ = [
+    "PlainEvaluation",
     "gradients",
     "or_zeros",
     "paired",
@@ -29,11 +31,84 @@ __all__ = [
 Pairs = list[tuple[Tensor, Tensor]]
 
 
+def recording(on: bool = True) -> AbstractContextManager[Any]:
+    """Record a graph inside, or none, whatever the caller has switched off or on."""
+    if torch.is_inference_mode_enabled():
+        return _out_of_inference_mode(on)
+    return nullcontext() if torch.is_grad_enabled() == on else torch.set_grad_enabled(on)
+
+
 @contextmanager
-def recording(on: bool = True) -> Iterator[None]:
-    """Record a graph, or none, whatever the caller has switched off or on."""
+def _out_of_inference_mode(on: bool) -> Iterator[None]:
     with torch.inference_mode(False), torch.set_grad_enabled(on):
         yield
+
+
+class PlainEvaluation:
+    """Something evaluated once under the rules, to be differentiated by plain autograd where tensors are.
+
+    Parameters
+    ----------
+    evaluate
+        `() -> tensors`, computed from `params` as they are.
+    params
+        Where to differentiate.
+    create_graph
+        Whether derivatives can be differentiated again.
+    exchange
+        As for `evaluated`.
+
+    Attributes
+    ----------
+    outputs
+        What was evaluated.
+    history
+        What their history is made of.
+    seen
+        The ids of the exchanged tensors that some torch function was given.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Leaves],
+        params: Leaves,
+        *,
+        create_graph: bool,
+        exchange: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self._params = params
+
+        def run(rules: SecondOrderRules) -> tuple[SecondOrderRules, Leaves]:
+            self._since = torch._C._autograd._get_sequence_nr()
+            return rules, evaluate()
+
+        with recording():
+            rules, self.outputs = evaluated(
+                run, forward=False, higher=create_graph, exchange=exchange, protect=params
+            )
+        self.history = History([z.grad_fn for z in self.outputs if z.grad_fn is not None])
+        self.seen = rules.seen
+        self._higher = rules.higher
+        self._hooked = rules.hooked
+
+    def differentiating(self) -> AbstractContextManager[Any]:
+        """Return the context for a backward pass: as the outputs were evaluated, if the pass may call Python.
+
+        It does for functions with a backward of their own, for hooks (those of checkpointing are hooks of what is
+        saved), and perhaps for what was made outside, whose hooks do not show.
+        """
+        history = self.history
+        if history.custom or self._hooked or history.oldest < self._since:
+            return self._under_rules()
+        return recording()
+
+    @contextmanager
+    def _under_rules(self) -> Iterator[None]:
+        with (
+            recording(),
+            evaluation(forward=False, higher=self._higher, protect=self._params),
+        ):
+            yield
 
 
 def to_differentiate(leaves: Leaves, *, differentiable: bool) -> Leaves:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
-from secorder_func.rules import SecondOrderRules, evaluated, evaluation
 from secorder_func.rules.cut_graphs import refuse_cut_history, refuse_unrecorded_backwards
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.plain_autograd import (
+    PlainEvaluation,
     gradients,
     paired,
     pull,
     pull_several,
-    recording,
 )
 
 __all__ = ["GGNDoubleBackward", "PlainJacobian"]
@@ -56,28 +55,21 @@ class PlainJacobian:
     ) -> None:
         self.params = params
         self.create_graph = create_graph
-        self.higher = create_graph
-
-        def run(rules: SecondOrderRules) -> Leaves:
-            outputs = evaluate()
-            if create_graph:
-                refuse_cut_history(_roots(outputs))
-            self.higher = rules.higher
-            return outputs
-
-        with recording():
-            self.outputs = evaluated(run, forward=False, higher=create_graph, protect=params)
+        self._evaluation = PlainEvaluation(evaluate, params, create_graph=create_graph)
+        self.outputs = self._evaluation.outputs
+        if create_graph:
+            self._evaluation.history.refuse_cuts()
         self._pulled: tuple[Leaves, list[Tensor | None]] | None = None
 
     def pull(self, cotangents: Leaves) -> Leaves:
         """Return `J^T u`, zeros for a parameter that no output uses."""
-        with self.under_rules():
+        with self.differentiating():
             pairs = paired(self.outputs, cotangents)
             return pull(pairs, self.params, create_graph=self.create_graph)
 
     def pull_several(self, cotangents: Leaves) -> Leaves:
         """Return `J^T u` for cotangents stacked along a leading axis."""
-        with self.under_rules():
+        with self.differentiating():
             pairs = paired(self.outputs, cotangents)
             count = cotangents[0].shape[0]
             return pull_several(pairs, self.params, self.create_graph, count)
@@ -85,13 +77,13 @@ class PlainJacobian:
     def push(self, vector: Leaves) -> Leaves:
         """Return `J v`, zeros for an output that does not depend on the parameters."""
         cotangents, pulled = self.pullback()
-        with self.under_rules():
+        with self.differentiating():
             return pull(paired(pulled, vector), cotangents, create_graph=self.create_graph)
 
     def push_several(self, vectors: Leaves) -> Leaves:
         """Return `J v` for vectors stacked along a leading axis."""
         cotangents, pulled = self.pullback()
-        with self.under_rules():
+        with self.differentiating():
             count = vectors[0].shape[0]
             return pull_several(paired(pulled, vectors), cotangents, self.create_graph, count)
 
@@ -99,9 +91,9 @@ class PlainJacobian:
         """Return some cotangents and `J^T u` as a function of them."""
         if self._pulled is not None:
             return self._pulled
-        roots = _roots(self.outputs)
-        refuse_cut_history(roots)
-        with self.under_rules(), refuse_unrecorded_backwards(roots):
+        history = self._evaluation.history
+        history.refuse_cuts()
+        with self.differentiating(), refuse_unrecorded_backwards(history.custom):
             # `J^T u` is linear: any `u` will do, and one without zeros shows what is not recorded.
             cotangents = tuple(torch.ones_like(z, requires_grad=True) for z in self.outputs)
             pairs = paired(self.outputs, cotangents)
@@ -112,15 +104,9 @@ class PlainJacobian:
         self._pulled = cotangents, pulled
         return self._pulled
 
-    @contextmanager
-    def under_rules(self) -> Iterator[None]:
-        """Differentiate as the outputs were evaluated."""
-        with recording(), evaluation(forward=False, higher=self.higher, protect=self.params):
-            yield
-
-
-def _roots(outputs: Leaves) -> list[Any]:
-    return [z.grad_fn for z in outputs if z.grad_fn is not None]
+    def differentiating(self) -> AbstractContextManager[Any]:
+        """Return the context for a backward pass from the outputs."""
+        return self._evaluation.differentiating()
 
 
 class GGNDoubleBackward:
@@ -168,7 +154,7 @@ class GGNDoubleBackward:
         """Return the product with one vector."""
         jacobian = self.jacobian
         tangents = jacobian.push(vector)
-        with jacobian.under_rules():
+        with jacobian.differentiating():
             pairs = paired(self.slope, tangents)
             bent = pull(pairs, jacobian.outputs, create_graph=jacobian.create_graph)
         return jacobian.pull(bent)
