@@ -523,3 +523,61 @@ def test_a_closure_that_counts_is_evaluated_once() -> None:
     for entries in hessian_diagonal(func, [a, b]):
         assert entries.tolist() == [2.0, 2.0]
     assert len(calls) == 1
+
+
+_PASSES = torch.zeros(())
+
+
+class _Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        _PASSES.add_(1)
+        (x,) = ctx.saved_tensors
+        return 2 * x * cotangent
+
+
+def _counted_by_a_function(w: Tensor) -> Callable[[], Tensor]:
+    return lambda: _Counting.apply(w).sum()
+
+
+def _counted_by_a_hook_inside(w: Tensor) -> Callable[[], Tensor]:
+    def func() -> Tensor:
+        y = w**2
+        y.register_hook(lambda g: _PASSES.add_(1) and None)
+        return y.sum()
+
+    return func
+
+
+def _counted_by_a_hook_outside(w: Tensor) -> Callable[[], Tensor]:
+    y = w**2
+    y.register_hook(lambda g: _PASSES.add_(1) and None)
+    return lambda: (1.0 * y).sum()
+
+
+@pytest.mark.parametrize(
+    "counted", [_counted_by_a_function, _counted_by_a_hook_inside, _counted_by_a_hook_outside]
+)
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda f, w: vjp(f, [w], torch.tensor(1.0)), [2.0, -4.0]),
+        (lambda f, w: jvp(f, [w], torch.tensor([1.0, 0.5])), 0.0),
+        (lambda f, w: exact_hvp(f, [w], [torch.tensor([1.0, 0.5])])[0], [2.0, 1.0]),
+    ],
+)
+def test_python_that_a_backward_pass_calls_writes_to_nothing_outside(
+    counted: Any, call: Any, expected: Any
+) -> None:
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    _PASSES.zero_()
+    torch.testing.assert_close(call(counted(w), w), torch.tensor(expected))
+    assert _PASSES == 0
+
+    torch.autograd.grad(counted(w)(), w)  # else the test could not fail
+    assert _PASSES == 1
