@@ -80,7 +80,8 @@ def gauss_newton_matrix_approximation(
     with jacobian.recording():
         for blocks in jacobian.rows():
             for index, block in enumerate(blocks):
-                diagonal[index] = diagonal[index] + block.square().sum(0)
+                squares = block.square() if create_graph else block.square_()
+                diagonal[index] = diagonal[index] + squares.sum(0)
     if create_graph:
         return [traceable(d, p) for d, p in zip(diagonal, free, strict=True)]
     return diagonal
