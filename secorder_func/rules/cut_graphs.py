@@ -76,16 +76,23 @@ class History:
     ----------
     custom
         The nodes of functions written in Python, whose backward may call anything.
+    kinds
+        The names of all nodes.
     oldest
         The lowest sequence number, which nodes are given as they are made.
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self.custom: list[Any] = []
+        self.kinds: set[str] = set()
         self.oldest = _NEWEST
+        self._ends: list[Any] = []
         self._odd: list[Any] = []
         for node in history(roots):
             self.oldest = min(self.oldest, node._sequence_nr())
+            self.kinds.add(type(node).__name__)
+            if not node.next_functions:
+                self._ends.append(node)
             if type(node) in _ORDINARY:
                 continue
             if isinstance(node, _CUSTOM):
@@ -97,6 +104,11 @@ class History:
                     _ORDINARY.add(type(node))
             else:
                 self._odd.append(node)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that no function made."""
+        return [node.variable for node in self._ends if hasattr(node, "variable")]
 
     def refuse_cuts(self) -> None:
         """Raise if a node cannot be differentiated twice."""

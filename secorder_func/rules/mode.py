@@ -85,7 +85,7 @@ class SecondOrderRules(TorchFunctionMode):
         self._levels = len(differentiating_levels())
         self._plain = ("", "R" if inside else "")
         if not self._levels:
-            self._plain = ("RR", "R" if inside else "")
+            self._plain = ("FR" if forward else "RR", "R" if inside else "")
         elif higher and not inside and differentiating_levels().count(JVP) <= forward:
             self._plain = ("R", "")  # perhaps: an outer level may be all that there is
         self.shadows = Shadows()

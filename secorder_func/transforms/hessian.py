@@ -12,6 +12,7 @@ from secorder_func import tree
 from secorder_func.checks import check_callable, check_like
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.double_backward import DoubleBackward
+from secorder_func.transforms.dual_numbers import by_dual_numbers
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.plain_autograd import or_zeros, to_differentiate
@@ -20,6 +21,7 @@ from secorder_func.transforms.policy import (
     differentiated_outside,
     first_exact,
     forward_mode_lock,
+    in_transform,
     refuse_third_derivatives,
     routes_for,
 )
@@ -163,6 +165,9 @@ def _product(
         if route == "double_backward":
             return double_backward(loss, vector, differentiable=outside)
         if route == "forward_over_reverse":
+            plainly = None if outside or in_transform() else by_dual_numbers(loss, vector)
+            if plainly is not None:
+                return Product(*plainly)
             return forward_over_reverse(loss.at(forward=True, higher=outside), loss.leaves, vector)
         leaf_loss = loss.at(forward=False, higher=outside)
         return reverse_over_reverse(leaf_loss, loss.leaves, vector, differentiable=outside)

@@ -55,7 +55,7 @@ class PlainEvaluation:
         Where to differentiate.
     create_graph
         Whether derivatives can be differentiated again.
-    exchange
+    forward, exchange
         As for `evaluated`.
 
     Attributes
@@ -74,6 +74,7 @@ class PlainEvaluation:
         params: Leaves,
         *,
         create_graph: bool,
+        forward: bool = False,
         exchange: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self._params = params
@@ -84,23 +85,26 @@ class PlainEvaluation:
 
         with recording():
             rules, self.outputs = evaluated(
-                run, forward=False, higher=create_graph, exchange=exchange, protect=params
+                run, forward=forward, higher=create_graph, exchange=exchange, protect=params
             )
         self.history = History([z.grad_fn for z in self.outputs if z.grad_fn is not None])
         self.seen = rules.seen
         self._higher = rules.higher
         self._hooked = rules.hooked
 
-    def differentiating(self) -> AbstractContextManager[Any]:
-        """Return the context for a backward pass: as the outputs were evaluated, if the pass may call Python.
+    @property
+    def calls_python(self) -> bool:
+        """Whether a backward pass may call Python.
 
         It does for functions with a backward of their own, for hooks (those of checkpointing are hooks of what is
         saved), and perhaps for what was made outside, whose hooks do not show.
         """
         history = self.history
-        if history.custom or self._hooked or history.oldest < self._since:
-            return self._under_rules()
-        return recording()
+        return bool(history.custom) or self._hooked or history.oldest < self._since
+
+    def differentiating(self) -> AbstractContextManager[Any]:
+        """Return the context for a backward pass: as the outputs were evaluated, if the pass may call Python."""
+        return self._under_rules() if self.calls_python else recording()
 
     @contextmanager
     def _under_rules(self) -> Iterator[None]:

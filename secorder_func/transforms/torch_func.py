@@ -15,7 +15,15 @@ from typing import Any
 import torch.func
 from torch.func import grad
 
-__all__ = ["grad", "jvp", "jvp_aux", "vjp", "vjp_aux", "without_vmap_warnings"]
+__all__ = [
+    "grad",
+    "jvp",
+    "jvp_aux",
+    "prepare_forward_mode",
+    "vjp",
+    "vjp_aux",
+    "without_vmap_warnings",
+]
 
 Function = Callable[..., Any]
 
@@ -29,7 +37,7 @@ def without_vmap_warnings() -> Iterator[None]:
 
 
 @cache
-def _prepare_forward_mode() -> None:
+def prepare_forward_mode() -> None:
     """Load torch's forward rules, which torch does at the first jvp with a warning of its own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -39,7 +47,7 @@ def _prepare_forward_mode() -> None:
 def jvp(f: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """Return `f(*primals)` and its derivative along `tangents`."""
     if not torch.compiler.is_compiling():
-        _prepare_forward_mode()
+        prepare_forward_mode()
     output, tangent = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
     return output, tangent
 
@@ -49,7 +57,7 @@ def jvp_aux(
 ) -> tuple[Any, Any, Any]:
     """Return the output, its derivative and the auxiliary output of `f(*primals) -> (output, aux)`."""
     if not torch.compiler.is_compiling():
-        _prepare_forward_mode()
+        prepare_forward_mode()
     output, tangent, aux = torch.func.jvp(f, primals, tangents, has_aux=True)  # type: ignore[misc]
     return output, tangent, aux
 
