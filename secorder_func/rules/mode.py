@@ -101,6 +101,16 @@ class SecondOrderRules(TorchFunctionMode):
         return self._forward or JVP in differentiating_levels()
 
     @property
+    def dual(self) -> bool:
+        """Whether derivatives are taken by plain dual numbers and one backward pass, and no more of them."""
+        return (
+            self._forward
+            and not self._higher
+            and not self._levels
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    @property
     def higher(self) -> bool:
         """Whether derivatives beyond the second may be taken, outside or by a transform inside the loss."""
         return self._higher or len(differentiating_levels()) > self._levels

@@ -30,6 +30,10 @@ class Rules(Protocol):
         """Some level differentiates in forward mode."""
 
     @property
+    def dual(self) -> bool:
+        """The derivatives are two, by plain dual numbers and a backward pass that is not recorded again."""
+
+    @property
     def higher(self) -> bool:
         """Derivatives beyond the second may be taken of what is computed here."""
 

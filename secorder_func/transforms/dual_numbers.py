@@ -66,6 +66,7 @@ _NO_GRAPH_NEEDED = frozenset(
             "Exp",
             "Gelu",
             "Log",
+            "Logsumexp",
             "Relu",
             "Rsqrt",
             "Sigmoid",
@@ -76,7 +77,14 @@ _NO_GRAPH_NEEDED = frozenset(
         ),
         *("AvgPool2D", "LogSoftmax", "NativeLayerNorm", "NllLoss", "Softmax"),
     )
-) | {"AccumulateGrad", "MeanBackward1", "SplitBackward0", "SqueezeBackward1", "SumBackward1"}
+) | {
+    "AccumulateGrad",
+    "_ConstantTimesBackward",
+    "MeanBackward1",
+    "SplitBackward0",
+    "SqueezeBackward1",
+    "SumBackward1",
+}
 """Nodes whose backward pass computes the same whether it is recorded or not.
 
 That of a solve, say, takes factors which have no tangents where nobody is to differentiate it again.
@@ -120,7 +128,7 @@ def _differentiated(loss: FlatLoss, vector: Leaves) -> tuple[Leaves, Leaves, Lea
         evaluation = PlainEvaluation(evaluate, leaves, create_graph=False, forward=True)
         (value,), history = evaluation.outputs, evaluation.history
         own = {id(leaf) for leaf in leaves}
-        if evaluation.calls_python or any(id(leaf) not in own for leaf in history.leaves):
+        if evaluation.hides_tangents or any(id(leaf) not in own for leaf in history.leaves):
             raise _NotOpenError
         found: list[Tensor | None] = [None] * len(at)
         if value.requires_grad:

@@ -99,8 +99,19 @@ class PlainEvaluation:
         It does for functions with a backward of their own, for hooks (those of checkpointing are hooks of what is
         saved), and perhaps for what was made outside, whose hooks do not show.
         """
-        history = self.history
-        return bool(history.custom) or self._hooked or history.oldest < self._since
+        return bool(self.history.custom) or self._may_be_hooked
+
+    @property
+    def hides_tangents(self) -> bool:
+        """Whether a backward pass may call Python other than ours, which may keep values without their tangents."""
+        own = all(
+            getattr(node._forward_cls, "keeps_tangents", False) for node in self.history.custom
+        )
+        return not own or self._may_be_hooked
+
+    @property
+    def _may_be_hooked(self) -> bool:
+        return self._hooked or self.history.oldest < self._since
 
     def differentiating(self) -> AbstractContextManager[Any]:
         """Return the context for a backward pass: as the outputs were evaluated, if the pass may call Python."""

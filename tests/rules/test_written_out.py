@@ -46,6 +46,22 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "hardsigmoid": lambda p: F.hardsigmoid(2 * _bent(p)) ** 2,
     "hardswish": lambda p: F.hardswish(2 * _bent(p)),
+    "cross_entropy": lambda p: F.cross_entropy(3 * _bent(p), CLASSES),
+    "cross_entropy, weights, one ignored": lambda p: F.cross_entropy(
+        _bent(p), CLASSES, WEIGHT, ignore_index=3, reduction="sum"
+    ),
+    "cross_entropy, none, two axes": lambda p: F.cross_entropy(
+        _bent(p)[:4].reshape(2, 4, 2), CLASSES[:4].reshape(2, 2), reduction="none"
+    ),
+    "cross_entropy, one sample": lambda p: F.cross_entropy(_bent(p)[0], CLASSES[0]),
+    "cross_entropy, smoothed": lambda p: F.cross_entropy(_bent(p), CLASSES, label_smoothing=0.1),
+    "cross_entropy, probabilities": lambda p: F.cross_entropy(_bent(p), X[:5].softmax(1)),
+    "cross_entropy, large logits": lambda p: F.cross_entropy(1000 + _bent(p), CLASSES),
+    "cross_entropy, a class ruled out": lambda p: F.cross_entropy(
+        _bent(p).masked_fill(torch.arange(4) == 1, -torch.inf), torch.tensor([0, 3, 0, 2, 2])
+    ),
+    "log_softmax": lambda p: F.log_softmax(_bent(p), dim=0),
+    "log_softmax, last axis": lambda p: F.log_softmax(_bent(p), -1),
     "multi_margin_loss": lambda p: F.multi_margin_loss(_bent(p), CLASSES),
     "multi_margin_loss, squares": lambda p: F.multi_margin_loss(
         _bent(p), CLASSES, p=2, margin=0.6, weight=WEIGHT, reduction="sum"
@@ -122,6 +138,7 @@ def test_the_value_is_torchs(name: str) -> None:
         lambda p: F.multi_margin_loss(p, CLASSES[:3]),
         lambda p: F.multilabel_margin_loss(p, LABELS[:3]),
         lambda p: F.huber_loss(p, X[:3]),
+        lambda p: F.cross_entropy(p, CLASSES[:3]),
         lambda p: F.embedding_bag(TOKENS.float(), p).sum(),
     ],
 )
