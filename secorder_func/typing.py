@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["LossFn", "MatVec", "Mode", "ModelFn", "Tree"]
+__all__ = ["ChunkSize", "LossFn", "MatVec", "Mode", "ModelFn", "Tree"]
 
 Tree: TypeAlias = Any
 """A pytree of tensors."""
@@ -25,3 +25,6 @@ MatVec: TypeAlias = Callable[[Tree], Tree]
 
 Mode: TypeAlias = Literal["auto", "forward_over_reverse", "reverse_over_reverse", "double_backward"]
 """How an exact product is differentiated; see `secorder_func.transforms.policy`."""
+
+ChunkSize: TypeAlias = int | Literal["auto"] | None
+"""How many vectors are multiplied at once: a number, all (None), or as many as fit a budget of memory."""

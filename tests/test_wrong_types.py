@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a chunk of a word": (
         lambda: exact_trace(OP, chunk_size="a"),
-        "exact_trace: chunk_size must be a whole number, got 'a'",
+        "exact_trace: chunk_size must be a number, 'auto' or None, got 'a'",
     ),
     "a seed for a generator": (
         lambda: hutchinson_trace(OP, 2, generator=0),

@@ -12,9 +12,8 @@ from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.chunks import chunks, default_chunk_size
 from secorder_func.operators.linear_operator import check_real_operator
-from secorder_func.typing import Tree
+from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["exact_diagonal", "hutchinson_diagonal"]
 
@@ -25,14 +24,15 @@ def hutchinson_diagonal(
     /,
     *,
     generator: torch.Generator | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
     distribution: Distribution = rademacher,
 ) -> Estimate:
     r"""Estimate the diagonal as the mean of `v * A v` over random probes.
 
     Parameters
     ----------
-    op, num_matvecs, generator, chunk_size, distribution
+    op, num_matvecs, generator, chunk_size, memory_budget, distribution
         As for `hutchinson_trace`.
 
     Returns
@@ -66,16 +66,17 @@ def hutchinson_diagonal(
     check_count(num_matvecs, "hutchinson_diagonal", name="num_matvecs")
     check_distribution(distribution, "hutchinson_diagonal")
     check_real_operator(op, "hutchinson_diagonal")
+    chunks = op.chunks(chunk_size, memory_budget, "hutchinson_diagonal")
     seed = draw_seed(generator)
-    size = default_chunk_size(op.shape[0]) if chunk_size is None else chunk_size
-    mean = spread = None  # spread: sum of squared deviations from the mean
-    done = 0
-    for rows in chunks(num_matvecs, size, "hutchinson_diagonal"):
+
+    def moments(rows: slice) -> tuple[int, Tree, Tree]:
         vectors = distribution(seed, range(rows.start, rows.stop), op.like)
-        samples = tree.map(torch.mul, vectors, op.mm(vectors))
-        count = rows.stop - rows.start
-        chunk_mean = tree.map(lambda x: x.mean(0), samples)
-        chunk_spread = tree.map(lambda x: (x - x.mean(0)).square().sum(0), samples)
+        samples = tree.map(torch.mul, vectors, op.mm(vectors, chunk_size=None))
+        spread = tree.map(lambda x: (x - x.mean(0)).square().sum(0), samples)
+        return rows.stop - rows.start, tree.map(lambda x: x.mean(0), samples), spread
+
+    done, mean, spread = 0, None, None  # spread: sum of squared deviations from the mean
+    for count, chunk_mean, chunk_spread in chunks.map(moments, num_matvecs):
         if mean is None:
             mean, spread = chunk_mean, chunk_spread
         else:  # Chan, Golub and LeVeque's pairwise update
@@ -84,7 +85,7 @@ def hutchinson_diagonal(
             between = tree.scale(done * count / (done + count), tree.map(torch.square, apart))
             spread = tree.add(tree.add(spread, chunk_spread), between)
         done += count
-    return Estimate(mean, _standard_error(spread, num_matvecs), num_matvecs)
+    return Estimate(mean, _standard_error(spread, num_matvecs), num_matvecs, chunks.largest)
 
 
 def _standard_error(spread: Tree, count: int) -> Tree:
@@ -93,8 +94,14 @@ def _standard_error(spread: Tree, count: int) -> Tree:
     return tree.map(lambda leaf: leaf.detach().sqrt() / math.sqrt(count * (count - 1)), spread)
 
 
-def exact_diagonal(op: LinearOperator, /, *, chunk_size: int | None = None) -> Tree:
-    """Return the diagonal, a tree like `op.like`, by one product for every entry, `chunk_size` at a time.
+def exact_diagonal(
+    op: LinearOperator,
+    /,
+    *,
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> Tree:
+    """Return the diagonal, a tree like `op.like`, by one product for every entry, in chunks as for `LinearOperator.mm`.
 
     Examples
     --------
@@ -104,22 +111,27 @@ def exact_diagonal(op: LinearOperator, /, *, chunk_size: int | None = None) -> T
     {'a': tensor(2.), 'b': tensor(0.)}
     """
     check_real_operator(op, "exact_diagonal")
-    n = op.shape[0]
-    size = default_chunk_size(n) if chunk_size is None else chunk_size
-    parts: list[list[Tensor]] = [[] for _ in tree.flatten(op.like)[0]]
-    for rows in chunks(n, size, "exact_diagonal"):
-        products, _ = tree.flatten(op.mm(tree.basis(op.like, rows.start, rows.stop)))
-        offset = 0
-        for part, product in zip(parts, products, strict=True):
+    chunks = op.chunks(chunk_size, memory_budget, "exact_diagonal")
+
+    def pieces(rows: slice) -> list[Tensor | None]:
+        vectors = tree.basis(op.like, rows.start, rows.stop)
+        products, _ = tree.flatten(op.mm(vectors, chunk_size=None))
+        found, offset = [], 0
+        for product in products:
             entries = product.reshape(product.shape[0], product.shape[1:].numel())
             first, last = max(rows.start, offset), min(rows.stop, offset + entries.shape[1])
-            if first < last:
-                inner = entries[
-                    first - rows.start : last - rows.start, first - offset : last - offset
-                ]
-                part.append(inner.diagonal())
+            own = slice(first - rows.start, last - rows.start), slice(first - offset, last - offset)
+            # A copy: a view would keep all products of the chunk alive.
+            found.append(entries[own].diagonal().clone() if first < last else None)
             offset += entries.shape[1]
+        return found
+
     leaves, unflatten = tree.flatten(op.like)
+    parts: list[list[Tensor]] = [[] for _ in leaves]
+    for found in chunks.map(pieces, op.shape[0]):
+        for part, piece in zip(parts, found, strict=True):
+            if piece is not None:
+                part.append(piece)
     return unflatten(
         [
             torch.cat(part).reshape(leaf.shape) if part else torch.zeros_like(leaf)

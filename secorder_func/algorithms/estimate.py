@@ -24,6 +24,8 @@ class Estimate:
         about its error.
     num_matvecs
         How many products were spent.
+    chunk_size
+        How many of them at most were made at once.
 
     Examples
     --------
@@ -35,6 +37,7 @@ class Estimate:
     value: Tree
     standard_error: Tree
     num_matvecs: int
+    chunk_size: int | None = None
 
     def __str__(self) -> str:
         if isinstance(self.value, Tensor) and self.value.ndim == 0:

@@ -11,8 +11,8 @@ from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.chunks import chunks, default_chunk_size
 from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.typing import ChunkSize
 
 __all__ = ["exact_trace", "hutchinson_trace"]
 
@@ -23,7 +23,8 @@ def hutchinson_trace(
     /,
     *,
     generator: torch.Generator | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
     distribution: Distribution = rademacher,
 ) -> Estimate:
     r"""Estimate the trace as the mean of `v . A v` over random probes.
@@ -37,21 +38,21 @@ def hutchinson_trace(
     generator
         Its next value seeds the probes; torch's global generator if None. Equal seeds give equal numbers up to
         rounding, whatever the chunk.
-    chunk_size
-        How many probes to multiply at once; by default as many as have 4 million entries together, at most 64.
-        Memory grows with it: only the numbers `v . A v` outlive a chunk.
+    chunk_size, memory_budget
+        How many probes to multiply at once, as for `LinearOperator.mm`; the probes count too. Memory grows with the
+        chunk only: what outlives it are the numbers `v . A v`.
     distribution
         One of `rademacher`, `normal`, `sphere`, `sparse_rademacher(density)`, or your own.
 
     Returns
     -------
     Estimate
-        Value and standard error are 0-dim tensors; unbiased.
+        Value and standard error are 0-dim tensors; unbiased. `chunk_size` is what was taken.
 
     Raises
     ------
     ValueError
-        `num_matvecs` or `chunk_size` is below one.
+        `num_matvecs`, `chunk_size` or `memory_budget` is below one.
     TypeError
         The operator acts on complex vectors.
 
@@ -76,22 +77,27 @@ def hutchinson_trace(
     check_count(num_matvecs, "hutchinson_trace", name="num_matvecs")
     check_distribution(distribution, "hutchinson_trace")
     check_real_operator(op, "hutchinson_trace")
+    chunks = op.chunks(chunk_size, memory_budget, "hutchinson_trace")
     seed = draw_seed(generator)
-    size = default_chunk_size(op.shape[0]) if chunk_size is None else chunk_size
-    forms = torch.cat(
-        [
-            op.quadratic_forms(distribution(seed, range(rows.start, rows.stop), op.like))
-            for rows in chunks(num_matvecs, size, "hutchinson_trace")
-        ]
-    )
+
+    def forms_of(rows: slice) -> torch.Tensor:
+        return op.quadratic_forms(distribution(seed, range(rows.start, rows.stop), op.like))
+
+    forms = torch.cat(list(chunks.map(forms_of, num_matvecs)))
     error = forms.new_tensor(math.inf)
     if num_matvecs > 1:
         error = forms.detach().std() / math.sqrt(num_matvecs)
-    return Estimate(forms.mean(), error, num_matvecs)
+    return Estimate(forms.mean(), error, num_matvecs, chunks.largest)
 
 
-def exact_trace(op: LinearOperator, /, *, chunk_size: int | None = None) -> torch.Tensor:
-    """Return the trace by one product for every entry of the space, `chunk_size` at a time.
+def exact_trace(
+    op: LinearOperator,
+    /,
+    *,
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> torch.Tensor:
+    """Return the trace by one product for every entry of the space, in chunks as for `LinearOperator.mm`.
 
     Examples
     --------
@@ -101,12 +107,12 @@ def exact_trace(op: LinearOperator, /, *, chunk_size: int | None = None) -> torc
     tensor(18.)
     """
     check_real_operator(op, "exact_trace")
-    n = op.shape[0]
-    size = default_chunk_size(n) if chunk_size is None else chunk_size
-    parts = [
-        op.quadratic_forms(tree.basis(op.like, rows.start, rows.stop)).sum()
-        for rows in chunks(n, size, "exact_trace")
-    ]
+    chunks = op.chunks(chunk_size, memory_budget, "exact_trace")
+
+    def entries(rows: slice) -> torch.Tensor:
+        return op.quadratic_forms(tree.basis(op.like, rows.start, rows.stop)).sum()
+
+    parts = list(chunks.map(entries, op.shape[0]))
     if not parts:
         return torch.zeros((), dtype=op.dtype, device=op.device)
     return torch.stack(parts).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,8 @@ from secorder_func.checks import (
     check_params,
 )
 from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
-from secorder_func.operators.chunks import chunks, default_chunk_size
-from secorder_func.typing import MatVec, Tree
+from secorder_func.operators.chunks import Chunks
+from secorder_func.typing import ChunkSize, MatVec, Tree
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -64,6 +64,7 @@ class LinearOperator:
     quadratic: Callable[[Tree], Tensor] | None = None
     symmetric: bool = True
     mode: str | None = None
+    _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_callable(self.matvec, "LinearOperator", name="matvec")
@@ -103,20 +104,50 @@ class LinearOperator:
         check_like(product, self.like, "LinearOperator @ v", name="the product")
         return product
 
-    def mm(self, vectors: Tree, /, *, chunk_size: int | None = None) -> Tree:
-        """Return the products with `k` stacked vectors, `chunk_size` at a time (all at once by default).
+    def mm(
+        self,
+        vectors: Tree,
+        /,
+        *,
+        chunk_size: ChunkSize = "auto",
+        memory_budget: int | None = None,
+    ) -> Tree:
+        """Return the products with `k` stacked vectors.
 
-        Every leaf of `vectors` and of the result has a leading axis of length `k`. Memory grows with the chunk.
+        Parameters
+        ----------
+        vectors
+            Every leaf has a leading axis of length `k`, as have those of the result.
+        chunk_size
+            How many to multiply at once: a number; None for all; or `"auto"`, as many as fit the budget. Then the bytes
+            of the first product are counted, so that the same call takes the same chunks on every machine, and a chunk
+            is halved when memory runs out. Inside a transform, where nothing can be counted, 4 million entries are
+            taken at once, at most 64 vectors.
+        memory_budget
+            How many bytes a chunk may take beside `vectors` and the result, copies inside of kernels included; 128 MiB
+            on a CPU, else 1 GiB by default.
         """
-        check_like(vectors, self.like, "LinearOperator.mm", name="vectors", batched=True)
+        where = "LinearOperator.mm"
+        check_like(vectors, self.like, where, name="vectors", batched=True)
+        chunks = self.chunks(chunk_size, memory_budget, where)
         count = tree.flatten(vectors)[0][0].shape[0]
         if count == 0:
             return vectors
-        parts = [
-            self._mm(tree.map(lambda leaf, rows=rows: leaf[rows], vectors))
-            for rows in chunks(count, chunk_size, "LinearOperator.mm")
-        ]
+        parts = list(
+            chunks.map(lambda rows: self._mm(tree.map(lambda leaf: leaf[rows], vectors)), count)
+        )
         return parts[0] if len(parts) == 1 else tree.map(lambda *rows: torch.cat(rows), *parts)
+
+    def chunks(self, chunk_size: ChunkSize, memory_budget: int | None, where: str) -> Chunks:
+        """Return the chunks in which an algorithm works on vectors of this space; arguments as for `mm`."""
+        return Chunks(
+            chunk_size,
+            memory_budget,
+            where,
+            device=self.device,
+            entries=self.shape[0],
+            known=self._bytes,
+        )
 
     def _mm(self, vectors: Tree) -> Tree:
         if self.matmat is not None:
@@ -209,8 +240,8 @@ class LinearOperator:
             mode=self.mode,
         )
 
-    def dense(self, *, chunk_size: int | None = None) -> Tensor:
-        """Return the matrix itself, `(n, n)`, at the cost of `n` products, `chunk_size` at a time.
+    def dense(self, *, chunk_size: ChunkSize = "auto", memory_budget: int | None = None) -> Tensor:
+        """Return the matrix itself, `(n, n)`, at the cost of `n` products in chunks as for `mm`.
 
         Raises
         ------
@@ -218,14 +249,16 @@ class LinearOperator:
             The space is complex: a Hessian is linear over the reals only, so that no complex matrix represents it.
         """
         self.require_real("LinearOperator.dense")
-        n = self.shape[0]
-        size = default_chunk_size(n) if chunk_size is None else chunk_size
-        rows = [
-            tree.ravel(self._mm(tree.basis(self.like, rows.start, rows.stop)), batch_dims=1)[0]
-            for rows in chunks(n, size, "LinearOperator.dense")
-        ]
+
+        def columns(part: slice) -> Tensor:
+            products = self._mm(tree.basis(self.like, part.start, part.stop))
+            flat: Tensor = tree.ravel(products, batch_dims=1)[0]
+            return flat
+
+        chunks = self.chunks(chunk_size, memory_budget, "LinearOperator.dense")
+        parts = list(chunks.map(columns, self.shape[0]))
         return (
-            torch.cat(rows).T if rows else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
+            torch.cat(parts).T if parts else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
         )
 
     def scipy(self) -> scipy.sparse.linalg.LinearOperator:
