@@ -45,6 +45,8 @@ class LinearOperator:
         Whether the matrix is symmetric. Algorithms that need symmetry check this.
     mode
         By which exact route the products are computed; None where that has no meaning.
+    compile_seconds
+        How long `torch.compile` took for the product; None if it was not asked.
 
     Examples
     --------
@@ -64,6 +66,7 @@ class LinearOperator:
     quadratic: Callable[[Tree], Tensor] | None = None
     symmetric: bool = True
     mode: str | None = None
+    compile_seconds: float | None = None
     _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,14 @@ class RandomState:
         )
         return RandomState(torch.get_rng_state(), others)
 
+    def has_changed(self) -> bool:
+        """Say whether random numbers were drawn since."""
+        drawn = not torch.equal(torch.get_rng_state(), self.cpu)
+        return drawn or any(
+            not torch.equal(torch.get_device_module(device).get_rng_state(device), state)
+            for device, state in self.others
+        )
+
     def restore(self) -> None:
         """Make this state the present one."""
         torch.set_rng_state(self.cpu)
