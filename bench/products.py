@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench.harness import Candidate, Made, UnavailableError
@@ -19,6 +20,7 @@ from secorder_func import functional_model, ggn_operator, ggnvp, hessian_operato
 __all__ = [
     "Factory",
     "Product",
+    "columns",
     "compat_ggn",
     "compat_hvp",
     "function_of",
@@ -76,6 +78,13 @@ def looped(name: str, factory: Factory, count: int, *, peer: bool = False) -> Ca
         return Made(lambda: [product.multiply(v) for v in vectors], product.facts)
 
     return Candidate(name, make, peer)
+
+
+def columns(found: list[Tensor], count: int) -> list[Tensor]:
+    """Return `count` stacked leaves: those given, or the leaves of products one after the other, stacked."""
+    if len(found) == count:
+        return found
+    return [torch.stack([t.detach() for t in found[i::count]]) for i in range(count)]
 
 
 def function_of(package: str, name: str) -> Callable[..., Any]:
