@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,10 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Made:
-    """A call to be timed, and what its making told: entries of the record."""
+    """A call to be timed, and what is known of it after it ran: entries of the record."""
 
     run: Run
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 def leaves(result: Any) -> list[Tensor]:
@@ -129,7 +129,7 @@ def compare(
         if not right and not candidate.peer:
             raise AssertionError(f"{candidate.name} on {problem.name}: relative error {error:.2g}")
         records[candidate.name] |= {"relative_error": float(f"{error:.2g}"), "right": right}
-        records[candidate.name] |= made.facts if isinstance(made, Made) else {}
+        records[candidate.name] |= made.facts() if isinstance(made, Made) else {}
         runs[candidate.name] = run
 
     times = _interleaved(runs, seconds)

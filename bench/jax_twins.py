@@ -232,7 +232,7 @@ def jax_several(name: str, count: int) -> Candidate:
         product, rest = _hvp(p)
         vectors = _arrays(p.vectors(count))
         run, facts = _compiled(_jax().vmap(product, (0, None, None, None)), vectors, *rest)
-        return Made(lambda: run(vectors, *rest), facts)
+        return Made(lambda: run(vectors, *rest), lambda: facts)
 
     return _candidate(name, make)
 
@@ -246,7 +246,7 @@ def jax_rows(name: str) -> Candidate:
         vector = _arrays(p.vector)
         rows = _jax().vmap(product, (None, None, 0, 0))
         run, facts = _compiled(rows, vector, params, *samples)
-        return Made(lambda: run(vector, params, *samples), facts)
+        return Made(lambda: run(vector, params, *samples), lambda: facts)
 
     return _candidate(name, make)
 
@@ -274,6 +274,6 @@ def jax_trace(name: str, count: int) -> Candidate:
 
         run, facts = _compiled(mean, jax.random.key(0), *rest)
         keys = iter(range(1, 10**9))
-        return Made(lambda: run(jax.random.key(next(keys)), *rest), facts)
+        return Made(lambda: run(jax.random.key(next(keys)), *rest), lambda: facts)
 
     return _candidate(name, make)

@@ -17,6 +17,7 @@ single ones but on the small models: 2 on the MLP, 2.3 on the GPT, 5 on the CNN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bench import peers, products
@@ -34,19 +35,21 @@ NOTES = (
 )
 
 
-def _several(count: int) -> Candidate:
+def several(name: str, count: int, **options: Any) -> Candidate:
+    """Return the candidate that multiplies `count` vectors at once, by an operator that is made before."""
+
     def make(p: Problem) -> Run:
         f, params = p.functional
         op = hessian_operator(f, params, p.inputs, p.targets)
         vectors = p.named(p.vectors(count))
-        return lambda: op.mm(vectors)
+        return lambda: op.mm(vectors, **options)
 
-    return Candidate("hessian_operator.mm(V)", make)
+    return Candidate(name, make)
 
 
 def _candidates(count: int) -> list[Candidate]:
     return [
-        _several(count),
+        several("hessian_operator.mm(V)", count),
         looped("loop of hessian_operator @ v", products.operator, count),
         looped("loop of compat exact_hvp", products.compat_hvp, count),
         looped("loop of torch-secorder exact_hvp", peers.torch_secorder_hvp, count, peer=True),
@@ -56,22 +59,26 @@ def _candidates(count: int) -> list[Candidate]:
     ]
 
 
-def _measured(p: Problem, count: int, seconds: float) -> dict[str, Any]:
+def check_of(p: Problem, count: int) -> Callable[[Any], float]:
+    """Return the largest error of the first product, the last one, and the sum of all."""
     vectors = p.vectors(count)
     chosen = [[v[0] for v in vectors], [v[-1] for v in vectors], [v.sum(0) for v in vectors]]
     truths = [hessian(p, vector) for vector in chosen]
 
     def check(result: Any) -> float:
-        """Return the largest error of the first product, the last one, and the sum of all."""
         found = columns(leaves(result), len(vectors))
         answers = [[t[0] for t in found], [t[-1] for t in found], [t.sum(0) for t in found]]
         return max(relative_error(a, t) for a, t in zip(answers, truths, strict=True))
 
+    return check
+
+
+def _measured(p: Problem, count: int, seconds: float) -> dict[str, Any]:
     records = compare(
         p,
         gradient(p),
         _candidates(count),
-        check,
+        check_of(p, count),
         tolerance=1e-4,
         seconds=seconds,
         per=count,

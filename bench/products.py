@@ -63,7 +63,7 @@ def single(name: str, factory: Factory, *, peer: bool = False) -> Candidate:
     def make(p: Problem) -> Made:
         product = factory(p)
         vector = product.vector(p.vector)
-        return Made(lambda: product.multiply(vector), product.facts)
+        return Made(lambda: product.multiply(vector), lambda: product.facts)
 
     return Candidate(name, make, peer)
 
@@ -75,7 +75,7 @@ def looped(name: str, factory: Factory, count: int, *, peer: bool = False) -> Ca
         product = factory(p)
         rows = zip(*(leaf.unbind() for leaf in p.vectors(count)), strict=True)
         vectors = [product.vector(row) for row in rows]
-        return Made(lambda: [product.multiply(v) for v in vectors], product.facts)
+        return Made(lambda: [product.multiply(v) for v in vectors], lambda: product.facts)
 
     return Candidate(name, make, peer)
 
