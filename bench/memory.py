@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from bench.harness import (
     rounded,
 )
 from bench.problems import Problem, problem
-from bench.products import single
+from bench.products import looped, single
 
 QUESTION = "How much memory does each way take at its peak, in a process of its own?"
 NOTES = (
@@ -75,15 +76,11 @@ def _gradient_check(p: Problem) -> Check:
     return lambda result: relative_error(result, truth)
 
 
-def _trace_check(p: Problem) -> Check:
+def trace_check(p: Problem, count: int = trace.PROBES) -> Check:
     """Return the error in units of what five standard errors allow, so that 1e-4 is the limit as elsewhere."""
     exact, error, spread = oracles.trace(p, 32)
-    allowed = 5 * (error**2 + spread**2 / trace.PROBES) ** 0.5
+    allowed = 5 * (error**2 + spread**2 / count) ** 0.5
     return lambda result: 1e-4 * abs(float(leaves(result)[0]) - exact) / allowed
-
-
-def _several_check(p: Problem) -> Check:
-    return k_products.check_of(p, COUNT)
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,6 @@ def _method(
     return Method(single(name, factory, peer=peer), keeps=keeps)
 
 
-_BUDGET = {"memory_budget": BUDGET}
 METHODS = {
     "gradient": Method(Candidate("gradient", gradient), _gradient_check),
     "hvp": _method("hvp", products.transform(), peer=False),
@@ -117,33 +113,37 @@ METHODS = {
     "jvp-grad": _method("plain jvp(grad(f))", peers.plain_jvp_grad),
     "reused-graph": _method("PyHessian-style, graph kept", peers.reused_graph, keeps=True),
     "jax": _method("JAX jit jvp(grad(f))", jax_twins.jax_hvp),
-    "several": Method(
-        k_products.several(f"hessian_operator.mm of {COUNT}, budget 64 MiB", COUNT, **_BUDGET),
-        _several_check,
-        keeps=True,
-        budget=BUDGET,
-    ),
-    "several-curvlinops": Method(
-        peers.curvlinops_several(f"curvlinops Hessian @ M, {COUNT} vectors", COUNT), _several_check
-    ),
-    "several-jax": Method(
-        jax_twins.jax_several(f"JAX jit vmap, {COUNT} vectors", COUNT), _several_check
-    ),
-    "trace": Method(
-        trace.ours("hutchinson_trace, 32 probes, budget 64 MiB", **_BUDGET),
-        _trace_check,
-        keeps=True,
-        budget=BUDGET,
-    ),
-    **{
-        f"trace-{key}": Method(candidate, _trace_check)
-        for key, candidate in zip(
-            ("torch-secorder", "curvlinops", "reused-graph", "jax"),
-            trace.CANDIDATES[2:],
-            strict=True,
-        )
-    },
 }
+
+
+def _counted(count: int) -> dict[str, Method]:
+    """Return the methods that multiply `count` vectors."""
+    check = partial(k_products.check_of, count=count)
+    of_trace = partial(trace_check, count=count)
+    budget: dict[str, Any] = {"memory_budget": BUDGET}
+    loop = looped(
+        f"loop of torch-secorder exact_hvp, {count}", peers.torch_secorder_hvp, count, peer=True
+    )
+    several = k_products.several(f"hessian_operator.mm of {count}, budget 64 MiB", count, **budget)
+    estimate = trace.ours(f"hutchinson_trace, {count} probes, budget 64 MiB", count, **budget)
+    found = {
+        "several": Method(several, check, True, BUDGET),
+        "several-torch-secorder": Method(loop, check),
+        "several-curvlinops": Method(
+            peers.curvlinops_several(f"curvlinops Hessian @ M, {count}", count), check
+        ),
+        "several-jax": Method(jax_twins.jax_several(f"JAX jit vmap, {count}", count), check),
+        "trace": Method(estimate, of_trace, True, BUDGET),
+    }
+    if count == trace.PROBES:
+        others = ("torch-secorder", "curvlinops", "reused-graph", "jax")
+        for key, candidate in zip(others, trace.CANDIDATES[2:], strict=True):
+            found[f"trace-{key}"] = Method(candidate, of_trace)
+    return found
+
+
+def _all(count: int) -> dict[str, Method]:
+    return METHODS | _counted(count)
 
 
 # ------------------------------------------------------------------------------ inside the process
@@ -176,9 +176,9 @@ def _calls(made: Any) -> Made:
     return made if isinstance(made, Made) else Made(made)
 
 
-def measured_here(key: str, name: str) -> dict[str, Any]:
+def measured_here(key: str, name: str, count: int) -> dict[str, Any]:
     """Return the record of a method on a problem, measured in this process, which should be fresh."""
-    method = METHODS[key]
+    method = _all(count)[key]
     candidate = method.candidate
     torch.manual_seed(0)
     warm = problem("tiny")
@@ -206,7 +206,7 @@ def measured_here(key: str, name: str) -> dict[str, Any]:
         facts["added_mib"] = rounded((peak - held - size) / _MIB)
         facts["budget_mib"] = method.budget / _MIB
         facts["inside_budget"] = peak - held - size <= method.budget
-    if method.check is not _trace_check:
+    if not key.startswith("trace"):
         error = max(error, method.check(p)(candidate.read(result)))
     return {"relative_error": float(f"{error:.2g}"), "right": error <= 1e-4, **facts}
 
@@ -214,17 +214,20 @@ def measured_here(key: str, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- from outside
 
 
-def measured(key: str, name: str) -> dict[str, Any]:
+def measured(key: str, name: str, count: int = COUNT) -> dict[str, Any]:
     """Return the record of a method on a problem, measured in a process of its own."""
-    candidate = METHODS[key].candidate
+    candidate = _all(count)[key].candidate
     record: dict[str, Any] = {"name": candidate.name, "peer": candidate.peer}
     command = [sys.executable, "-m", "bench.memory", key, name]
-    command += ["--threads", str(torch.get_num_threads())]
+    command += ["--count", str(count), "--threads", str(torch.get_num_threads())]
     environment = {**os.environ, **_ALLOCATOR}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     if done.returncode == 0:
-        return record | json.loads(done.stdout.splitlines()[-1])
+        record |= json.loads(done.stdout.splitlines()[-1])
+        if not record.get("right", True) and not candidate.peer:
+            raise AssertionError(f"{candidate.name} on {name} is wrong: {record}")
+        return record
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
     if not candidate.peer:
         raise RuntimeError(f"{candidate.name} on {name}: {reason}")
@@ -233,31 +236,29 @@ def measured(key: str, name: str) -> dict[str, Any]:
 
 def _problem(name: str, keys: Sequence[str]) -> dict[str, Any]:
     records = [measured(key, name) for key in keys]
-    for record in records:
-        if not record.get("right", True) and not record["peer"]:
-            raise AssertionError(
-                f"{record['name']} on {name}: relative error {record['relative_error']:.2g}"
-            )
     return described(problem(name), records)
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every method on every problem."""
     names = ("mlp",) if quick else ("mlp", "cnn", "gpt")
-    keys = ("gradient", "hvp", "torch-secorder", "several", "trace") if quick else tuple(METHODS)
+    keys = (
+        ("gradient", "hvp", "torch-secorder", "several", "trace") if quick else tuple(_all(COUNT))
+    )
     problems = [_problem(name, keys) for name in names]
     return {"question": QUESTION, "notes": NOTES, "problems": problems}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=_all(trace.PROBES))
     parser.add_argument("problem")
+    parser.add_argument("--count", type=int, default=COUNT, help="vectors of what takes many")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        print(json.dumps(measured_here(options.method, options.problem)))
+        print(json.dumps(measured_here(options.method, options.problem, options.count)))
     except UnavailableError as reason:
         print(json.dumps({"left_out": str(reason)}))
 

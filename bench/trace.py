@@ -52,7 +52,7 @@ PROBES = 32
 _TARGET = 0.05
 
 
-def ours(name: str, **options: Any) -> Candidate:
+def ours(name: str, count: int = PROBES, **options: Any) -> Candidate:
     """Return the candidate with an operator that is made before."""
 
     def make(p: Problem) -> Made:
@@ -62,7 +62,7 @@ def ours(name: str, **options: Any) -> Candidate:
 
         def run() -> Tensor:
             nonlocal last
-            last = hutchinson_trace(op, PROBES, **options)
+            last = hutchinson_trace(op, count, **options)
             return last.value  # type: ignore[no-any-return]
 
         return Made(run, lambda: {"chunk_size": getattr(last, "chunk_size", None)})
