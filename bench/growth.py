@@ -82,7 +82,7 @@ AXES = (
 )
 
 
-def _exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     """Return the slope of the line through the logarithms; None where something is not positive."""
     pairs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if y > 0]
     if len(pairs) < len(xs):
@@ -126,17 +126,19 @@ def _timed(axis: Axis, points: Sequence[tuple[str, int]], seconds: float) -> lis
     return found
 
 
-def _lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _lines(axis: Axis, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the time of every candidate along an axis."""
     xs = [entry["number"] for entry in entries]
     lines = []
     for i, record in enumerate(entries[0]["candidates"]):
+        if axis.many and record["name"] == "gradient":
+            continue
         of = [entry["candidates"][i] for entry in entries]
         if any("milliseconds" not in r for r in of):
             continue
         ys = [r["milliseconds"]["median"] for r in of]
         line = {"name": record["name"], "peer": record["peer"], "x": xs, "y": ys}
-        lines.append(line | {"exponent": _exponent(xs, ys)})
+        lines.append(line | {"exponent": exponent(xs, ys)})
     return lines
 
 
@@ -151,7 +153,7 @@ def _memory(axis: Axis, points: Sequence[tuple[str, int]]) -> list[dict[str, Any
         ys = [r["peak_mib"] for r in records]
         name = memory.METHODS[key].candidate.name if key in memory.METHODS else _many_name(key)
         line = {"name": name, "peer": records[0]["peer"], "x": xs, "y": ys}
-        lines.append(line | {"exponent": _exponent(xs, ys)})
+        lines.append(line | {"exponent": exponent(xs, ys)})
     return lines
 
 
@@ -176,5 +178,5 @@ def measure(*, quick: bool) -> dict[str, Any]:
             if quick and axis.name != "depth"
             else _memory(axis, points if quick else points[::2])
         )
-        axes.append({"name": axis.name, "time": _lines(entries), "memory": measured})
+        axes.append({"name": axis.name, "time": _lines(axis, entries), "memory": measured})
     return {"question": QUESTION, "notes": NOTES, "axes": axes, "problems": problems}

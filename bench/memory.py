@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import jax_twins, k_products, oracles, peers, products, trace
 from bench.harness import (
@@ -85,11 +86,26 @@ def trace_check(p: Problem, count: int = trace.PROBES) -> Check:
 
 @dataclass(frozen=True)
 class Method:
-    """A candidate, how its answer is checked, whether what it makes before is part of it, and its budget."""
+    """A way to compute something.
+
+    Parameters
+    ----------
+    candidate
+        What runs.
+    check
+        Problem -> how its answer is checked.
+    keeps
+        Whether what it makes before is part of it, as an operator is.
+    vectors
+        How many vectors it makes before as well, which are the caller's.
+    budget
+        Bytes that a call may add.
+    """
 
     candidate: Candidate
     check: Callable[[Problem], Check] = _product_check
     keeps: bool = False
+    vectors: int = 0
     budget: int | None = None
 
 
@@ -127,13 +143,13 @@ def _counted(count: int) -> dict[str, Method]:
     several = k_products.several(f"hessian_operator.mm of {count}, budget 64 MiB", count, **budget)
     estimate = trace.ours(f"hutchinson_trace, {count} probes, budget 64 MiB", count, **budget)
     found = {
-        "several": Method(several, check, True, BUDGET),
+        "several": Method(several, check, keeps=True, vectors=count, budget=BUDGET),
         "several-torch-secorder": Method(loop, check),
         "several-curvlinops": Method(
             peers.curvlinops_several(f"curvlinops Hessian @ M, {count}", count), check
         ),
         "several-jax": Method(jax_twins.jax_several(f"JAX jit vmap, {count}", count), check),
-        "trace": Method(estimate, of_trace, True, BUDGET),
+        "trace": Method(estimate, of_trace, keeps=True, budget=BUDGET),
     }
     if count == trace.PROBES:
         others = ("torch-secorder", "curvlinops", "reused-graph", "jax")
@@ -169,7 +185,17 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the mark, of this program only: `ru_maxrss` starts at what the parent held."""
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _calls(made: Any) -> Made:
@@ -193,6 +219,7 @@ def measured_here(key: str, name: str, count: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     held = _resident()
     if method.keeps:
+        before += method.vectors * _size(p.vector)
         facts = {"making_mib": (_peak() - before) / _MIB, "kept_mib": (held - before) / _MIB}
     else:
         before = held
@@ -202,7 +229,7 @@ def measured_here(key: str, name: str, count: int) -> dict[str, Any]:
     facts["peak_mib"] = (peak - before) / _MIB
     facts = {fact: rounded(max(0.0, value)) for fact, value in facts.items()} | made.facts()
     if method.budget is not None:
-        size = sum(t.numel() * t.element_size() for t in leaves(result))
+        size = _size(leaves(result))
         facts["added_mib"] = rounded((peak - held - size) / _MIB)
         facts["budget_mib"] = method.budget / _MIB
         facts["inside_budget"] = peak - held - size <= method.budget

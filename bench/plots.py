@@ -134,10 +134,14 @@ def lines(axes_of: Sequence[dict[str, Any]], path: Path) -> None:
                         linestyle="--" if line["peer"] else "-",
                         label=line["name"] + slope,
                     )
+                if not grown[kind]:
+                    axis.set_visible(False)
+                    continue
                 axis.set_xlabel(grown["name"])
                 axis.grid(color="0.9", linewidth=0.6)
-                if grown[kind]:
-                    axis.legend(fontsize=6, frameon=False)
+                low, high = axis.get_ylim()
+                axis.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
+                axis.legend(fontsize=6, frameon=False, loc="upper left")
                 if column == 0:
                     axis.set_ylabel(unit)
         _save(figure, path)
