@@ -89,7 +89,7 @@ def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
         return None
     mean_x, mean_y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     above = sum((x - mean_x) * (y - mean_y) for x, y in pairs)
-    return round(above / sum((x - mean_x) ** 2 for x, _ in pairs), 2)
+    return round(float(above / sum((x - mean_x) ** 2 for x, _ in pairs)), 2)
 
 
 def _check(p: Problem, count: int) -> Callable[[Any], float]:

@@ -14,7 +14,7 @@ __all__ = ["gauss_newton", "hessian", "hessian_rows", "trace"]
 
 
 def _gradient(wide: Problem) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    params = list(wide.model.parameters())
+    params: list[Tensor] = list(wide.model.parameters())
     loss = F.cross_entropy(wide.model(wide.inputs), wide.targets)
     return params, torch.autograd.grad(loss, params, create_graph=True)
 

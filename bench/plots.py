@@ -10,14 +10,15 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 __all__ = ["bars", "lines", "speedups"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-_OURS, _PEER = "#0072B2", "#E69F00"
+_OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
 _LINES = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vP*"
-_STYLE = {
+_STYLE: Any = {
     "svg.hashsalt": "secorder_func",
     "font.size": 8,
     "axes.spines.top": False,
@@ -38,12 +39,10 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _legend(figure: Any, wrong: bool) -> None:
-    patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OURS, _PEER)]
+    patches = [Rectangle((0, 0), 1, 1, color=color) for color in (_OURS, _PEER)]
     labels = ["secorder_func", "others"]
     if wrong:
-        patches.append(
-            plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", hatch="////")
-        )
+        patches.append(Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", hatch="////"))
         labels.append("hatched: wrong")
     figure.legend(
         patches, labels, loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1)
@@ -86,14 +85,14 @@ def _panel(axis: Any, problem: dict[str, Any], names: list[str], key: str) -> No
     longest = min(limit, medians[-1])
     for y, name in enumerate(names):
         if name not in records:
-            axis.text(0.02 * longest, y, "no answer", va="center", color="0.4", fontsize=6)
+            axis.text(0.02 * longest, y, "left out", va="center", color="0.4", fontsize=6)
             continue
         middle, low, high = _number(records[name], key)
         record, shown = records[name], min(middle, limit)
         axis.barh(
             y,
             shown,
-            color=_PEER if record["peer"] else _OURS,
+            color=_UNIT if name == "gradient" else _PEER if record["peer"] else _OURS,
             edgecolor="black" if not record.get("right", True) else "none",
             hatch=None if record.get("right", True) else "////",
             linewidth=0.5,

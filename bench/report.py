@@ -159,7 +159,8 @@ def _notes(result: Result) -> list[str]:
 
 def _problems(results: list[Result]) -> str:
     """Return the list of all models that have a name of their own, and the time of a gradient."""
-    described, times = {}, {}
+    described: dict[str, str] = {}
+    times: dict[str, float] = {}
     for result in results:
         for p in result["problems"]:
             if "axis" in p or "problem" in p or "samples" in p:

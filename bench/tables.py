@@ -40,9 +40,12 @@ def table(
     for name, first in rows.items():
         records = [named(p, name) for p in problems]
         cells = ["-" if r is None or "left_out" in r else cell(r) for r in records]
-        label = f"{name} (other)" if first["peer"] else f"**{name}**"
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_label(name, first['peer'])} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _label(name: str, peer: bool) -> str:
+    return name if name == "gradient" else f"{name} (other)" if peer else f"**{name}**"
 
 
 def _wrong(record: Record) -> str:
@@ -111,8 +114,7 @@ def exponents(axes: list[dict[str, Any]], kind: str) -> list[str]:
             line = next((line for line in axis[kind] if line["name"] == name), None)
             slope = None if line is None else line["exponent"]
             cells.append("-" if slope is None else f"{slope:.2f}")
-        label = name if name == "gradient" else f"{name} (other)" if peer else f"**{name}**"
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_label(name, peer)} | " + " | ".join(cells) + " |")
     return lines
 
 
