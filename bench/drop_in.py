@@ -237,7 +237,7 @@ def _measured(p: Problem, row: Row, seconds: float) -> dict[str, Any]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every function on the baseline MLP and on the small one."""
-    seconds = 0.2 if quick else 4.0
+    seconds = 0.2 if quick else 3.0
     step = 8 if quick else 1
     both = ((problem("mlp"), BASELINE[::step]), (problem("small"), SMALL[::step]))
     with warnings.catch_warnings():

@@ -26,7 +26,7 @@ from bench.products import single
 QUESTION = "What does one Gauss-Newton product cost, in gradients?"
 NOTES = (
     "torch-secorder's `gauss_newton_product` returns zeros, after a backward pass for every output; it is timed where "
-    "these are at most 256.",
+    "these are at most 128.",
 )
 CANDIDATES = (
     single("ggnvp", products.ggn),

@@ -171,7 +171,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     problems, axes = [], []
     for axis in AXES:
         points = axis.points[:2] if quick else axis.points
-        entries = _timed(axis, points, 0.2 if quick else 2.0)
+        entries = _timed(axis, points, 0.2 if quick else 1.5)
         problems += entries
         measured = (
             []

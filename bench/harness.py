@@ -109,13 +109,18 @@ def compare(
     A call counts as `per` things: times are those of one.
     """
     runs: dict[str, Run] = {"gradient": unit}
+    once = {"gradient": 0.0}
     records: dict[str, dict[str, Any]] = {"gradient": {"name": "gradient", "peer": False}}
     for candidate in candidates:
         records[candidate.name] = {"name": candidate.name, "peer": candidate.peer}
         try:
             made = candidate.make(problem)
             run = made.run if isinstance(made, Made) else made
-            error = check(candidate.read(run()))
+            begin = time.perf_counter()
+            result = run()
+            first = time.perf_counter() - begin
+            error = check(candidate.read(result))
+            del result
         except UnavailableError as reason:
             records[candidate.name]["left_out"] = str(reason)
             continue
@@ -131,8 +136,9 @@ def compare(
         records[candidate.name] |= {"relative_error": float(f"{error:.2g}"), "right": right}
         records[candidate.name] |= made.facts() if isinstance(made, Made) else {}
         runs[candidate.name] = run
+        once[candidate.name] = first
 
-    times = _interleaved(runs, seconds)
+    times = _interleaved(runs, once, seconds)
     for name, measured in times.items():
         times[name] = [t / (1 if name == "gradient" else per) for t in measured]
     for name, measured in times.items():
@@ -150,9 +156,18 @@ def compare(
     return list(records.values())
 
 
-def _interleaved(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Return one time a round for each: of one call, or the mean of some where a call is short beside the slowest."""
-    once = {name: _warmed_up(run, min(_WARM, seconds / 4)) for name, run in runs.items()}
+def _interleaved(
+    runs: dict[str, Run], once: dict[str, float], seconds: float
+) -> dict[str, list[float]]:
+    """Return one time a round for each: of one call, or the mean of some where a call is short beside the slowest.
+
+    `once` is the time of the call that was checked: where that was long, it was the warm-up.
+    """
+    warm = min(_WARM, seconds / 4)
+    once = {
+        name: _warmed_up(run, warm) if once[name] < warm else once[name]
+        for name, run in runs.items()
+    }
     slowest = max(once.values())
     calls = {name: max(1, min(16, round(0.1 * slowest / t))) for name, t in once.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}

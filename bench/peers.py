@@ -32,7 +32,7 @@ __all__ = [
     "torch_secorder_rows",
 ]
 
-_OUTPUTS = 256
+_OUTPUTS = 128
 """More backward passes than this for one product are no measurement but a wait."""
 
 # -------------------------------------------------------------------------------- torch-secorder

@@ -80,9 +80,9 @@ def _number(record: dict[str, Any], key: str) -> tuple[float, float, float]:
 
 def _panel(axis: Any, problem: dict[str, Any], names: list[str], key: str) -> None:
     records = {r["name"]: r for r in problem["candidates"] if key in r}
-    medians = sorted(_number(records[name], key)[0] for name in names if name in records)
-    limit = _LONGEST * medians[len(medians) // 2]
-    longest = min(limit, medians[-1])
+    numbers = sorted(_number(records[name], key) for name in names if name in records)
+    limit = _LONGEST * numbers[len(numbers) // 2][0]
+    longest = min(limit, max(high for _, _, high in numbers))
     for y, name in enumerate(names):
         if name not in records:
             axis.text(0.02 * longest, y, "left out", va="center", color="0.4", fontsize=6)

@@ -66,7 +66,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
             CANDIDATES,
             lambda result, truth=truth: relative_error(result, truth),
             tolerance=1e-4,
-            seconds=1.0 if quick else 15.0,
+            seconds=1.0 if quick else 12.0,
         )
         problems.append(described(p, records))
     return {"question": QUESTION, "notes": NOTES, "problems": problems}

@@ -165,6 +165,16 @@ def test_a_figure_is_the_same_for_the_same_numbers(tiny: Problem, tmp_path: Path
     assert "<svg" in texts[0]
 
 
+def test_a_figure_holds_quartiles_far_above_the_medians(tiny: Problem, tmp_path: Path) -> None:
+    answer = _answer(tiny)
+    for record in answer["problems"][0]["candidates"]:
+        if "gradients" in record:
+            record["gradients"] = {"median": 1.0, "lower_quartile": 0.9, "upper_quartile": 500.0}
+    write(tmp_path / "single_product.json", answer)
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    assert (tmp_path / "single_product.svg").exists()
+
+
 def test_results_of_different_machines_make_no_page(tiny: Problem, tmp_path: Path) -> None:
     answer = _answer(tiny)
     write(tmp_path / "single_product.json", answer)
