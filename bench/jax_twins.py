@@ -225,12 +225,21 @@ def _candidate(name: str, make: Callable[[Problem], Made]) -> Candidate:
     return Candidate(name, make, True, read=_tensors)
 
 
+def _one_by_one(p: Problem) -> bool:
+    """Say whether to loop in Python: convolutions under `vmap` or `lax.map` took ten times as long on a CPU."""
+    return any(isinstance(module, nn.Conv2d) for module in p.model.modules())
+
+
 def jax_several(name: str, count: int) -> Candidate:
-    """Return the candidate `jit(vmap(jvp(grad(f))))` over `count` vectors."""
+    """Return the candidate `jit(vmap(jvp(grad(f))))` over `count` vectors, or a loop of the jitted product."""
 
     def make(p: Problem) -> Made:
         product, rest = _hvp(p)
         vectors = _arrays(p.vectors(count))
+        if _one_by_one(p):
+            rows = [[leaf[i] for leaf in vectors] for i in range(count)]
+            run, facts = _compiled(product, rows[0], *rest)
+            return Made(lambda: [run(row, *rest) for row in rows], lambda: facts)
         run, facts = _compiled(_jax().vmap(product, (0, None, None, None)), vectors, *rest)
         return Made(lambda: run(vectors, *rest), lambda: facts)
 
@@ -252,7 +261,7 @@ def jax_rows(name: str) -> Candidate:
 
 
 def jax_trace(name: str, count: int) -> Candidate:
-    """Return the candidate of a trace: probes drawn and multiplied 8 at a time inside one jitted function."""
+    """Return the candidate of a trace: probes drawn and multiplied inside one jitted function."""
 
     def make(p: Problem) -> Made:
         product, rest = _hvp(p)
@@ -272,8 +281,16 @@ def jax_trace(name: str, count: int) -> Candidate:
             forms = jax.lax.map(lambda k: form(k, *rest), keys, batch_size=_PROBES_AT_ONCE)
             return forms.mean()
 
+        seeds = iter(range(1, 10**9))
+        if _one_by_one(p):
+            one, facts = _compiled(form, jax.random.key(0), *rest)
+
+            def looped() -> Any:
+                forms = [one(jax.random.key(next(seeds)), *rest) for _ in range(count)]
+                return sum(forms) / count
+
+            return Made(looped, lambda: facts)
         run, facts = _compiled(mean, jax.random.key(0), *rest)
-        keys = iter(range(1, 10**9))
-        return Made(lambda: run(jax.random.key(next(keys)), *rest), lambda: facts)
+        return Made(lambda: run(jax.random.key(next(seeds)), *rest), lambda: facts)
 
     return _candidate(name, make)

@@ -148,7 +148,9 @@ def _counted(count: int) -> dict[str, Method]:
         "several-curvlinops": Method(
             peers.curvlinops_several(f"curvlinops Hessian @ M, {count}", count), check
         ),
-        "several-jax": Method(jax_twins.jax_several(f"JAX jit vmap, {count}", count), check),
+        "several-jax": Method(
+            jax_twins.jax_several(f"JAX jit, {count} vectors mapped", count), check
+        ),
         "trace": Method(estimate, of_trace, keeps=True, budget=BUDGET),
     }
     if count == trace.PROBES:
