@@ -14,9 +14,8 @@ converged in its 100 steps on such a model.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -25,7 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Candidate, Run, UnavailableError, compare, relative_error
+from bench.harness import (
+    Candidate,
+    Run,
+    UnavailableError,
+    compare,
+    described,
+    gradient,
+    leaves,
+    relative_error,
+)
+from bench.oracles import gauss_newton
 from bench.problems import Problem, problem
 
 QUESTION = "Is every function of the drop-in at least as fast as the package's?"
@@ -73,16 +82,10 @@ def _output(p: Problem) -> Callable[[], Tensor]:
     return lambda: p.model(p.inputs)
 
 
-def _stack(p: Problem, count: int, shape: Sequence[int] | None = None) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    dtype = p.vector[0].dtype
-    if shape is not None:
-        return torch.randn(count, *shape, generator=generator).to(dtype)
-    return [torch.randn(count, *v.shape, generator=generator).to(dtype) for v in p.vector]
-
-
 def _cotangents(p: Problem, count: int) -> Tensor:
-    return _stack(p, count, p.model(p.inputs).shape)
+    shape = p.model(p.inputs).shape
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, *shape, generator=generator).to(p.vector[0].dtype)
 
 
 def _data(p: Problem) -> tuple[Any, ...]:
@@ -95,18 +98,6 @@ def _regression(p: Problem) -> tuple[Any, ...]:
 
 def _outputs(p: Problem) -> tuple[Any, ...]:
     return p.model, p.model(p.inputs), p.targets
-
-
-def _gauss_newton_product(p: Problem) -> list[Tensor]:
-    """Return `J^T H_L J v` by plain autograd."""
-    output = p.model(p.inputs)
-    u = torch.zeros_like(output, requires_grad=True)
-    pulled = torch.autograd.grad(output, p.parameters, u, create_graph=True)
-    (tangent,) = torch.autograd.grad(pulled, u, p.vector, retain_graph=True)
-    z = output.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(p.loss_fn(z, p.targets), z, create_graph=True)
-    (bent,) = torch.autograd.grad(slope, z, tangent)
-    return list(torch.autograd.grad(output, p.parameters, bent))
 
 
 def _of_model(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -144,7 +135,7 @@ ON_BOTH = (
     Row(
         "core.hvp.gauss_newton_product",
         lambda p: (*_data(p), list(p.vector)),
-        _gauss_newton_product,
+        gauss_newton,
     ),
     Row("core.gvp.jvp", lambda p: (*_loss(p), list(p.vector)), what=", scalar output"),
     Row("core.gvp.vjp", lambda p: (_output(p), p.parameters, _cotangents(p, 1)[0])),
@@ -179,7 +170,7 @@ BASELINE = (
         what=", 8 vectors",
     ),
     Row(
-        "core.gvp.batch_jvp", lambda p: (*_loss(p), _stack(p, 8)), what=", 8 vectors, scalar output"
+        "core.gvp.batch_jvp", lambda p: (*_loss(p), p.vectors(8)), what=", 8 vectors, scalar output"
     ),
     Row("core.utils.flatten_params", lambda p: (p.parameters,)),
 )
@@ -192,7 +183,7 @@ SMALL = (
     ),
     Row(
         "core.gvp.batch_jvp",
-        lambda p: (_output(p), p.parameters, _stack(p, 256)),
+        lambda p: (_output(p), p.parameters, p.vectors(256)),
         what=", 256 vectors",
     ),
     Row("core.gvp.full_jacobian", lambda p: (_output(p), p.parameters)),
@@ -220,57 +211,34 @@ def _candidate(package: str, row: Row) -> Candidate:
     return Candidate(package, make, peer=package == PACKAGE)
 
 
-def _leaves(result: Any) -> list[Tensor]:
-    if isinstance(result, dict):
-        result = list(result.values())
-    if not isinstance(result, (list, tuple)):
-        return [torch.as_tensor(result)]
-    return [leaf for item in result for leaf in _leaves(item)]
-
-
-def _in_float64(p: Problem) -> Problem:
-    return Problem(
-        p.name,
-        p.description,
-        copy.deepcopy(p.model).double(),
-        p.loss_fn,
-        p.inputs.double(),
-        p.targets,
-        tuple(v.double() for v in p.vector),
-    )
-
-
 def _measured(p: Problem, row: Row, seconds: float) -> dict[str, Any]:
-    wide = _in_float64(p)
-    if row.truth is not None:
-        truth = _leaves(row.truth(wide))
-    else:
-        truth = _leaves(_function(PACKAGE, row)(*row.arguments(wide)))
+    wide = p.double()
+    answer = row.truth(wide) if row.truth else _function(PACKAGE, row)(*row.arguments(wide))
+    truth = leaves(answer)
 
     def check(result: Any) -> float:
-        return relative_error(_leaves(result)[: len(truth)], [t.double() for t in truth])
+        return relative_error(leaves(result)[: len(truth)], [t.double() for t in truth])
 
     records = compare(
         p,
-        lambda: torch.autograd.grad(p.closure(), p.parameters),
+        gradient(p),
         [_candidate(OURS, row), _candidate(PACKAGE, row)],
         check,
         tolerance=row.tolerance,
         seconds=seconds,
     )
     return {
+        **described(p, records),
         "name": row.name,
         "description": f"{row.name}, {p.name}",
         "problem": p.name,
-        "parameters": p.num_parameters,
-        "candidates": records,
     }
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every function on the baseline MLP and on the small one."""
-    seconds = 0.2 if quick else 4.0
-    step = 6 if quick else 1
+    seconds = 0.2 if quick else 3.0
+    step = 8 if quick else 1
     both = ((problem("mlp"), BASELINE[::step]), (problem("small"), SMALL[::step]))
     with warnings.catch_warnings():
         # 100 steps of power iteration are not enough here, as ours says.

@@ -6,18 +6,17 @@ kernels: every candidate, and the gradient that is the unit, evaluates the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder_func import functional_loss
 
-__all__ = ["PROBLEMS", "Problem", "problem"]
+__all__ = ["BIG", "PROBLEMS", "Problem", "problem"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,20 @@ class Problem:
         return functional_loss(self.model, self.loss_fn)
 
     @cached_property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.model.named_parameters()]
+
+    @cached_property
     def vector_dict(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self.model.named_parameters()]
-        return dict(zip(names, self.vector, strict=True))
+        return self.named(self.vector)
+
+    def named(self, vector: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.names, vector, strict=True))
+
+    def vectors(self, count: int) -> list[Tensor]:
+        """Return `count` vectors, stacked along a leading axis of every leaf."""
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(count, *v.shape, generator=generator).to(v.dtype) for v in self.vector]
 
     @property
     def num_parameters(self) -> int:
@@ -53,6 +63,22 @@ class Problem:
         """Return the loss with everything bound, as stateful code has it."""
         loss: Tensor = self.loss_fn(self.model(self.inputs), self.targets)
         return loss
+
+    def double(self) -> Problem:
+        """Return the same numbers in float64."""
+        return replace(
+            self,
+            model=copy.deepcopy(self.model).double(),
+            inputs=self.inputs.double() if self.inputs.is_floating_point() else self.inputs,
+            vector=tuple(v.double() for v in self.vector),
+        )
+
+    def rows(self, begin: int, end: int) -> Problem:
+        """Return the same model on some of the samples (images, sequences)."""
+        targets = self.targets.unflatten(0, (self.inputs.shape[0], -1))
+        return replace(
+            self, inputs=self.inputs[begin:end], targets=targets[begin:end].flatten(0, 1)
+        )
 
 
 class Attention(nn.Module):
@@ -106,6 +132,23 @@ class GPT(nn.Module):
         return self.head(self.norm(x)).flatten(0, 1)
 
 
+class Residual(nn.Module):
+    """Two convolutions with batch normalisation, and a way around them."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm_1, self.norm_2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        self.act = nn.SiLU()
+        around = nn.Conv2d(channels, out, 1, stride, bias=False)
+        self.around = nn.Sequential() if channels == out else around
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm_2(self.second(self.act(self.norm_1(self.first(x)))))
+        return self.act(y + self.around(x))
+
+
 def _problem(
     name: str, description: str, model: nn.Module, inputs: Tensor, classes: int
 ) -> Problem:
@@ -151,29 +194,66 @@ def gpt() -> Problem:
     return _problem("gpt", description, model, torch.randint(256, (8, 64)), 256)
 
 
+def gpt_tiny() -> Problem:
+    model = GPT(vocabulary=256, width=64, heads=4, layers=2, length=64)
+    description = "GPT, 2 layers, width 64, 4 heads, 8 x 64 tokens of 256"
+    return _problem("gpt_tiny", description, model, torch.randint(256, (8, 64)), 256)
+
+
+def deep() -> Problem:
+    """Return 32 layers, orthogonal so that the signal arrives."""
+    layers: list[nn.Module] = []
+    for _ in range(32):
+        layer = nn.Linear(32, 32)
+        nn.init.orthogonal_(layer.weight)
+        layers += [layer, nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(32, 4))
+    description = "MLP, 32 layers of width 32, tanh, batch 32"
+    return _problem("deep", description, model, torch.randn(32, 32), 4)
+
+
+def resnet() -> Problem:
+    """Return it with running statistics of three batches, in eval: a batch is then a sum over its samples."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU()),
+        *(Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)),
+        *(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)),
+    )
+    for _ in range(3):
+        model(torch.randn(16, 3, 32, 32))
+    description = (
+        "ResNet, 3 stages (16, 32, 64 channels), BatchNorm in eval, SiLU, 16 images of 32 x 32"
+    )
+    return _problem("resnet", description, model.eval(), torch.randn(16, 3, 32, 32), 10)
+
+
+def stack(width: int, depth: int, batch: int) -> Problem:
+    """Return an MLP of `depth` equal hidden layers: what growth is measured on."""
+    hidden = [module for _ in range(depth) for module in (nn.Linear(width, width), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(width, 10))
+    name = f"stack-{width}-{depth}-{batch}"
+    description = f"MLP, {depth} layers of width {width}, tanh, batch {batch}"
+    return _problem(name, description, model, torch.randn(batch, width), 10)
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": tiny,
     "small": small,
+    "deep": deep,
     "mlp": mlp,
     "cnn": cnn,
+    "resnet": resnet,
+    "gpt_tiny": gpt_tiny,
     "gpt": gpt,
 }
+BIG = ("cnn", "resnet", "gpt_tiny", "gpt")
+"""Those of which one gradient takes 10 ms or more."""
 
 
 def problem(name: str) -> Problem:
-    """Return a problem by name, the same numbers every time."""
+    """Return a problem by name, or `stack-WIDTH-DEPTH-BATCH`; the same numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if name.startswith("stack-"):
+            return stack(*(int(number) for number in name.split("-")[1:]))
         return PROBLEMS[name]()
-
-
-def oracle(given: Problem) -> list[Tensor]:
-    """Return the Hessian-vector product in float64 by plain double backward, which shares no code of ours."""
-    import copy
-
-    model: Any = copy.deepcopy(given.model).double()
-    params = list(model.parameters())
-    inputs = given.inputs.double() if given.inputs.is_floating_point() else given.inputs
-    loss = F.cross_entropy(model(inputs), given.targets)
-    gradient = torch.autograd.grad(loss, params, create_graph=True)
-    return list(torch.autograd.grad(gradient, params, [v.double() for v in given.vector]))

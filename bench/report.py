@@ -1,14 +1,22 @@
-"""Write docs/performance.md out of bench/results/*.json: `python -m bench.report`."""
+"""Write docs/performance.md and its figures out of bench/results/*.json: `python -m bench.report`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 from typing import Any
+
+from bench import plots, tables
+
+__all__ = ["IMAGES", "PAGE", "RESULTS", "write_page"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images" / "performance"
 
 _HEAD = """# Performance
 
@@ -16,110 +24,162 @@ _HEAD = """# Performance
 
 The unit is one plain gradient, `torch.autograd.grad`, of the same loss on the same machine in the same process,
 so that numbers of different machines can be compared, roughly. Each entry is the median over rounds in which all
-candidates take turns, with the quartiles behind it. Before anything is timed, every candidate's product is compared
-with a double backward in float64; what was wrong says so, and the largest other error stands under the table. Run it
-with `make bench`; the candidates are in `bench/single_product.py`, one function each.
+candidates take turns, with the quartiles behind it. Before anything is timed, every candidate's answer is compared
+with one in float64 by plain autograd; what was wrong says so, and the largest other error stands under the table. Run
+it with `make bench`. A file of `bench/` answers one question; its docstring has what was expected before the first run.
+Bold rows are ours.
 """
 
-
-def write_page() -> None:
-    """Write the page of all results that are there."""
-    products, drop_in = (_read(name) for name in ("single_product", "drop_in"))
-    sections = [_HEAD, _single_product(products), _drop_in(drop_in)]
-    PAGE.write_text("\n".join([*sections, _machine(products["machine"], drop_in["machine"])]))
+Result = dict[str, Any]
 
 
-def _read(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return result
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a result, its title, and the peer of the table of ratios."""
+
+    name: str
+    title: str
+    versus: str = ""
+    body: Callable[[Result, Section], list[str]] | None = None
 
 
-def _single_product(result: dict[str, Any]) -> str:
+def _products(result: Result, section: Section) -> list[str]:
     problems = result["problems"]
-    lines = ["## One exact Hessian-vector product", ""]
-    lines += [
-        f"- **{p['name']}**: {p['description']}; {p['parameters']:,} parameters" for p in problems
-    ]
-    lines += ["", "In gradients; less is better.", "", *_table(problems, _in_gradients)]
-    largest = max(
-        record["relative_error"]
-        for p in problems
-        for record in p["candidates"]
-        if record.get("right")
+    lines = ["In gradients; less is better.", "", *tables.table(problems, tables.in_gradients), ""]
+    right = [r for p in problems for r in p["candidates"] if r.get("right") and "gradients" in r]
+    if "tolerance" not in problems[0]:  # the answers are numbers without noise
+        largest = max(record["relative_error"] for record in right)
+        lines += [f"Largest relative error of what is right: {largest:.1g}, in float32.", ""]
+    lines += [*tables.left_out(problems), *_notes(result)]
+    lines += [f"In time relative to {section.versus} (below 1 is faster):", ""]
+    return [*lines, *tables.table(problems, tables.against(section.versus)), ""]
+
+
+def _trace(result: Result, section: Section) -> list[str]:
+    problems = result["problems"]
+    lines = _products(result, section)
+    lines += ["Seconds to a standard error of 5% of the trace:", ""]
+    lines += [*tables.table(problems, tables.fact("seconds_to_target")), ""]
+    lines += ["| | " + " | ".join(p["name"] for p in problems) + " |"]
+    lines += ["|---|" + "---|" * len(problems)]
+    traces = [f"{p['trace']:.3g} ± {p['standard_error']:.1g}" for p in problems]
+    rows = {
+        "trace": traces,
+        "standard deviation of one probe": [f"{p['one_probe']:.3g}" for p in problems],
+        "probes to 5%": [f"{p['probes_to_target']:,}" for p in problems],
+    }
+    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
+
+
+def _compile(result: Result, section: Section) -> list[str]:
+    problems = result["problems"]
+    lines = _products(result, section)
+    for title, key in (
+        ("Seconds to compile:", "compile_seconds"),
+        (
+            "Seconds to make a second operator at other parameters and multiply:",
+            "second_operator_seconds",
+        ),
+        ("Was anything compiled again for it?", "compiled_again"),
+    ):
+        with_it = tables.table(problems, tables.fact(key), names=lambda r, key=key: key in r)
+        lines += [title, "", *with_it, ""]
+    return lines
+
+
+def _memory(result: Result, _: Section) -> list[str]:
+    problems = result["problems"]
+    rows = tables.table(problems, tables.in_mib, names=lambda record: True)
+    lines = ["MiB at the peak; less is better.", "", *rows, ""]
+    return [*lines, *tables.left_out(problems), *_notes(result)]
+
+
+def _growth(result: Result, _: Section) -> list[str]:
+    lines = ["Fitted exponents:", "", *tables.exponents(result["axes"], "time"), ""]
+    if any(axis["memory"] for axis in result["axes"]):
+        lines += [*tables.exponents(result["axes"], "memory"), ""]
+    return [*lines, *_notes(result)]
+
+
+def _drop_in(result: Result, _: Section) -> list[str]:
+    head = (
+        "Milliseconds of a call, and how many times as fast ours is: the median over rounds in which both take\n"
+        "turns. On the baseline MLP, and on a small one, 64-100-32-10, batch 32, with 10,062 parameters."
     )
-    lines += ["", f"Largest relative error of the others: {largest:.1g}, in float32.", ""]
-    lines += [line for note in result["notes"] for line in (note, "")]
-    lines += ["The gradient itself, in milliseconds: " + _gradients(problems) + ".", ""]
-    lines += ["The same in time relative to torch-secorder's `exact_hvp` (below 1 is faster):", ""]
-    lines += [*_table(problems, _against("torch-secorder exact_hvp")), ""]
-    return "\n".join(lines)
+    return [head, "", *tables.drop_in_rows(result["problems"]), "", *_notes(result)]
 
 
-def _drop_in(result: dict[str, Any]) -> str:
-    """Return how many times as fast as the package each function of the drop-in is."""
-    lines = [
-        "## The drop-in beside torch-secorder",
-        "",
-        "Milliseconds of a call, and how many times as fast ours is: the median over rounds in which both take",
-        "turns. On the baseline MLP above, and on a small one, 64-100-32-10, batch 32, with 10,062 parameters.",
-        "",
-        "| | on | ours | torch-secorder | times as fast | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for measured in result["problems"]:
-        ours, package = (r for r in measured["candidates"] if r["name"] != "gradient")
-        name, comma, rest = measured["name"].partition(",")
-        cells = [
-            f"`{name}`{comma}{rest}",
-            measured["problem"],
-            f"{ours['milliseconds']['median']:.3g}",
-            f"{package['milliseconds']['median']:.3g}",
-            f"{1 / ours['relative_to_peers'][package['name']]:.3g}",
-            f"{ours['relative_error']:.0e}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(line for note in result["notes"] for line in (note, ""))])
+SECTIONS = (
+    Section("single_product", "One exact Hessian-vector product", "torch-secorder exact_hvp"),
+    Section("k_products", "Many products with one Hessian", "loop of torch-secorder exact_hvp"),
+    Section("trace", "A trace by random probes", "torch-secorder hessian_trace", _trace),
+    Section("per_sample", "A product for every sample", "loop of torch-secorder exact_hvp"),
+    Section("ggn", "One Gauss-Newton product", "curvlinops GGN @ v, made before"),
+    Section("memory", "Memory", body=_memory),
+    Section("growth", "Growth", body=_growth),
+    Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
+    Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
+)
 
 
-def _table(problems: list[dict[str, Any]], cell: Any) -> list[str]:
-    names = [record["name"] for record in problems[0]["candidates"] if record["name"] != "gradient"]
-    rows = [
-        "| | " + " | ".join(p["name"] for p in problems) + " |",
-        "|---|" + "---|" * len(problems),
-    ]
-    for name in names:
-        records = [next(r for r in p["candidates"] if r["name"] == name) for p in problems]
-        label = f"{name} (other)" if records[0]["peer"] else f"**{name}**"
-        rows.append(f"| {label} | " + " | ".join(cell(record) for record in records) + " |")
-    return rows
+def write_page(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES) -> None:
+    """Write the page and the figures of all results that are there."""
+    found = {
+        section: json.loads((results / f"{section.name}.json").read_text())
+        for section in SECTIONS
+        if (results / f"{section.name}.json").exists()
+    }
+    parts = [_HEAD, _problems(list(found.values()))]
+    for section, result in found.items():
+        figure = images / f"{section.name}.svg"
+        _draw(section, result, figure)
+        alt = f"Figure: {result['question']} The numbers are in the tables."
+        lines = [f"## {section.title}", "", result["question"], ""]
+        lines += [f"![{alt}]({relpath(figure, page.parent)})", ""]
+        parts.append("\n".join(lines + (section.body or _products)(result, section)))
+    page.write_text("\n".join([*parts, _machine({s.name: r["machine"] for s, r in found.items()})]))
 
 
-def _in_gradients(record: dict[str, Any]) -> str:
-    if "left_out" in record:
-        return "-"
-    ratio = record["gradients"]
-    spread = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
-    wrong = "" if record.get("right", True) else f"; **wrong by {record['relative_error']:.1%}**"
-    return f"{ratio['median']:.2f} ({spread}){wrong}"
+def _draw(section: Section, result: Result, path: Path) -> None:
+    problems = result["problems"]
+    if section.name == "growth":
+        plots.lines(result["axes"], path)
+    elif section.name == "drop_in":
+        rows = [(f"{p['name']}, {p['problem']}", tables.speed(p)) for p in problems]
+        plots.speedups(rows, path, label="times as fast as torch-secorder")
+    elif section.name == "memory":
+        plots.bars(problems, path, key="peak_mib", label="MiB at the peak")
+    else:
+        plots.bars(problems, path, key="gradients", label="gradients; less is better")
 
 
-def _against(peer: str) -> Any:
-    def cell(record: dict[str, Any]) -> str:
-        ratio = 1.0 if record["name"] == peer else record.get("relative_to_peers", {}).get(peer)
-        return "-" if ratio is None else f"{ratio:.2f}"
-
-    return cell
+def _notes(result: Result) -> list[str]:
+    return [line for note in result["notes"] for line in (note, "")]
 
 
-def _gradients(problems: list[dict[str, Any]]) -> str:
-    return ", ".join(
-        f"{p['name']} {p['candidates'][0]['milliseconds']['median']:.3g}" for p in problems
-    )
+def _problems(results: list[Result]) -> str:
+    """Return the list of all models that have a name of their own, and the time of a gradient."""
+    described: dict[str, str] = {}
+    times: dict[str, float] = {}
+    for result in results:
+        for p in result["problems"]:
+            if "axis" in p or "problem" in p or "samples" in p:
+                continue
+            described.setdefault(p["name"], f"{p['description']}; {p['parameters']:,} parameters")
+            if "milliseconds" in p["candidates"][0]:
+                times.setdefault(p["name"], p["candidates"][0]["milliseconds"]["median"])
+    lines = [f"- **{name}**: {text}" for name, text in described.items()]
+    shown = ", ".join(f"{name} {time:.3g}" for name, time in times.items())
+    return "\n".join([*lines, "", f"A gradient in milliseconds: {shown}.", ""])
 
 
-def _machine(machine: dict[str, Any], *others: dict[str, Any]) -> str:
-    if any(other != machine for other in others):
-        raise ValueError("the results are of different machines or versions: run make bench")
+def _machine(machines: dict[str, dict[str, Any]]) -> str:
+    machine = next(iter(machines.values()))
+    others = [name for name, other in machines.items() if other != machine]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: of another machine or other versions than the rest; run make bench"
+        )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         "## Machine and versions\n\n"

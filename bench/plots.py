@@ -1,0 +1,164 @@
+"""One figure a question, as SVG that is the same for the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+__all__ = ["bars", "lines", "speedups"]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
+_LINES = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = "osD^vP*"
+_STYLE: Any = {
+    "svg.hashsalt": "secorder_func",
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "hatch.linewidth": 0.6,
+}
+_LONGEST = 4.0
+"""Bars longer than so many times the median bar are cut, with their number at the end."""
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(figure)
+    text = "\n".join(line.rstrip() for line in path.read_text().splitlines())
+    path.write_text(text + "\n")
+
+
+def _legend(figure: Any, wrong: bool) -> None:
+    patches = [Rectangle((0, 0), 1, 1, color=color) for color in (_OURS, _PEER)]
+    labels = ["secorder_func", "others"]
+    if wrong:
+        patches.append(Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", hatch="////"))
+        labels.append("hatched: wrong")
+    figure.legend(
+        patches, labels, loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1)
+    )
+
+
+def bars(problems: Sequence[dict[str, Any]], path: Path, *, key: str, label: str) -> None:
+    """Draw a panel a problem, a bar a candidate: the median with its quartiles, or one number."""
+    names = list(dict.fromkeys(r["name"] for p in problems for r in p["candidates"] if key in r))
+    if key != "peak_mib":
+        names.remove("gradient")
+    columns = min(4, len(problems))
+    rows = -(-len(problems) // columns)
+    with plt.rc_context(_STYLE):
+        size = (2.6 + 2.0 * columns, rows * (0.7 + 0.2 * len(names)))
+        figure, axes = plt.subplots(
+            rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, problem in zip(axes.flat, problems, strict=False):
+            _panel(axis, problem, names, key)
+        for axis in axes.flat[len(problems) :]:
+            axis.set_visible(False)
+        figure.supxlabel(label)
+        records = [r for p in problems for r in p["candidates"]]
+        _legend(figure, any(not r.get("right", True) for r in records))
+        _save(figure, path)
+
+
+def _number(record: dict[str, Any], key: str) -> tuple[float, float, float]:
+    value = record[key]
+    if isinstance(value, dict):
+        return value["median"], value["lower_quartile"], value["upper_quartile"]
+    return value, value, value
+
+
+def _panel(axis: Any, problem: dict[str, Any], names: list[str], key: str) -> None:
+    records = {r["name"]: r for r in problem["candidates"] if key in r}
+    numbers = sorted(_number(records[name], key) for name in names if name in records)
+    limit = _LONGEST * numbers[len(numbers) // 2][0]
+    longest = min(limit, max(high for _, _, high in numbers))
+    for y, name in enumerate(names):
+        if name not in records:
+            axis.text(0.02 * longest, y, "left out", va="center", color="0.4", fontsize=6)
+            continue
+        middle, low, high = _number(records[name], key)
+        record, shown = records[name], min(middle, limit)
+        axis.barh(
+            y,
+            shown,
+            color=_UNIT if name == "gradient" else _PEER if record["peer"] else _OURS,
+            edgecolor="black" if not record.get("right", True) else "none",
+            hatch=None if record.get("right", True) else "////",
+            linewidth=0.5,
+            height=0.75,
+        )
+        if high > low and middle <= limit:
+            axis.plot([low, min(high, limit)], [y, y], color="black", linewidth=0.8)
+        cut = "" if middle <= limit else "→ "
+        end = max(shown, min(high, limit))
+        axis.text(end + 0.02 * longest, y, f"{cut}{middle:.3g}", va="center", fontsize=6)
+    axis.set_xlim(0, 1.2 * longest)
+    axis.set_yticks(range(len(names)), names)
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_title(problem["name"], fontsize=9)
+    axis.grid(axis="x", color="0.9", linewidth=0.6)
+
+
+def lines(axes_of: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory along every axis, both logarithmic, with the exponents in the legends."""
+    with plt.rc_context(_STYLE):
+        size = (3.2 * len(axes_of), 5.6)
+        figure, axes = plt.subplots(
+            2, len(axes_of), figsize=size, squeeze=False, layout="constrained"
+        )
+        for column, grown in enumerate(axes_of):
+            for row, (kind, unit) in enumerate((("time", "milliseconds"), ("memory", "peak, MiB"))):
+                axis = axes[row, column]
+                for i, line in enumerate(grown[kind]):
+                    slope = "" if line["exponent"] is None else f" ({line['exponent']:.2f})"
+                    axis.loglog(
+                        line["x"],
+                        line["y"],
+                        color=_LINES[i],
+                        marker=_MARKERS[i],
+                        markersize=3.5,
+                        linewidth=1.2,
+                        linestyle="--" if line["peer"] else "-",
+                        label=line["name"] + slope,
+                    )
+                if not grown[kind]:
+                    axis.set_visible(False)
+                    continue
+                axis.set_xlabel(grown["name"])
+                axis.grid(color="0.9", linewidth=0.6)
+                low, high = axis.get_ylim()
+                axis.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
+                axis.legend(fontsize=6, frameon=False, loc="upper left")
+                if column == 0:
+                    axis.set_ylabel(unit)
+        _save(figure, path)
+
+
+def speedups(rows: Sequence[tuple[str, float]], path: Path, *, label: str) -> None:
+    """Draw a dot a function on a logarithmic axis, with a line where both are equally fast."""
+    with plt.rc_context(_STYLE):
+        size = (6.4, 0.5 + 0.17 * len(rows))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for y, (_, factor) in enumerate(rows):
+            color = _OURS if factor >= 1 else _PEER
+            axis.plot([1, factor], [y, y], color=color, linewidth=1.2)
+            axis.plot(factor, y, marker="o", color=color, markersize=4)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=6.5)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(axis="x", color="0.9", linewidth=0.6)
+        axis.set_xlabel(label)
+        _save(figure, path)

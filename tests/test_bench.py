@@ -1,0 +1,183 @@
+"""What the measurements stand on: the checks before timing, the oracles, the page. Nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import growth, oracles, report
+from bench.harness import Candidate, UnavailableError, compare, gradient, relative_error, write
+from bench.problems import Problem, problem
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Problem:
+    return problem("tiny")
+
+
+def measured(p: Problem, *candidates: Candidate) -> dict[str, dict[str, Any]]:
+    truth = [g.double() for g in gradient(p)()]
+    records = compare(
+        p,
+        gradient(p),
+        candidates,
+        lambda result: relative_error(result, truth),
+        tolerance=1e-4,
+        seconds=0.01,
+    )
+    return {record["name"]: record for record in records}
+
+
+def _doubled(p: Problem) -> Any:
+    return lambda: [2 * g for g in gradient(p)()]
+
+
+def _raises(p: Problem) -> Any:
+    def run() -> Any:
+        raise NotImplementedError("no rule for this\nand a long story")
+
+    return run
+
+
+def _absent(p: Problem) -> Any:
+    raise UnavailableError("other is not installed")
+
+
+def test_a_wrong_candidate_of_ours_stops_the_run(tiny: Problem) -> None:
+    with pytest.raises(AssertionError, match="twice on tiny: relative error 1"):
+        measured(tiny, Candidate("twice", _doubled))
+
+
+def test_a_candidate_of_ours_that_raises_stops_the_run(tiny: Problem) -> None:
+    with pytest.raises(NotImplementedError, match="no rule"):
+        measured(tiny, Candidate("none", _raises))
+
+
+def test_a_wrong_peer_is_timed_and_marked(tiny: Problem) -> None:
+    record = measured(tiny, Candidate("twice", _doubled, peer=True))["twice"]
+    assert not record["right"]
+    assert record["relative_error"] == pytest.approx(1)
+    assert record["milliseconds"]["rounds"] >= 3
+
+
+def test_a_peer_that_cannot_is_left_out_with_its_reason(tiny: Problem) -> None:
+    records = measured(
+        tiny,
+        Candidate("none", _raises, peer=True),
+        Candidate("absent", _absent, peer=True),
+        Candidate("same", gradient, peer=True),
+    )
+    assert records["none"]["left_out"] == "NotImplementedError: no rule for this"
+    assert records["absent"]["left_out"] == "other is not installed"
+    assert records["same"]["right"]
+    assert set(records["gradient"]["relative_to_peers"]) == {"same"}
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows() -> None:
+    p = problem("gpt_tiny").double()
+    rows = torch.stack([p.rows(i, i + 1).closure() for i in range(p.inputs.shape[0])])
+    torch.testing.assert_close(rows.mean(), p.closure())
+
+
+def test_the_reference_of_a_trace_is_that_of_the_matrix(tiny: Problem) -> None:
+    wide = tiny.double()
+    shapes = [q.shape for q in wide.parameters]
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        params = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        outputs = torch.func.functional_call(
+            wide.model, dict(zip(wide.names, params, strict=True)), wide.inputs
+        )
+        return torch.nn.functional.cross_entropy(outputs, wide.targets)
+
+    flat = torch.cat([q.detach().flatten() for q in wide.parameters])
+    matrix = torch.autograd.functional.hessian(loss, flat)
+    off = matrix - matrix.diagonal().diag()
+    trace, error, spread = oracles.trace(tiny)
+    assert error == 0
+    assert trace == pytest.approx(float(matrix.trace()))
+    assert spread == pytest.approx(float(2 * off.square().sum()) ** 0.5)
+
+
+def test_the_exponent_of_a_power_is_its_exponent() -> None:
+    xs = [1.0, 3.0, 10.0]
+    assert growth.exponent(xs, [5 * x**1.5 for x in xs]) == 1.5
+    assert growth.exponent(xs, [0.0, 1.0, 2.0]) is None
+
+
+def _answer(tiny: Problem) -> dict[str, Any]:
+    records = measured(
+        tiny,
+        Candidate("ours", gradient),
+        Candidate("torch-secorder exact_hvp", gradient, peer=True),
+        Candidate("twice", _doubled, peer=True),
+        Candidate("absent", _absent, peer=True),
+    )
+    entry = {"name": "tiny", "description": "an MLP", "parameters": 244}
+    machine = {
+        "processor": "a processor",
+        "cores": 2,
+        "threads": 1,
+        "system": "Linux",
+        "versions": {"torch": "2"},
+    }
+    return {
+        "question": "What?",
+        "notes": ["A note."],
+        "problems": [{**entry, "candidates": list(records.values())}],
+        "machine": machine,
+    }
+
+
+def test_the_page_says_what_was_wrong_and_what_was_left_out(tiny: Problem, tmp_path: Path) -> None:
+    write(tmp_path / "single_product.json", _answer(tiny))
+    page = tmp_path / "page.md"
+    report.write_page(tmp_path, page, tmp_path / "images")
+    text = page.read_text()
+    assert "**wrong by 100.0%**" in text
+    assert "- absent on tiny: other is not installed" in text
+    assert "| torch-secorder exact_hvp (other) | 1.00 |" in text
+    assert "(images/single_product.svg)" in text
+
+
+def test_a_figure_is_the_same_for_the_same_numbers(tiny: Problem, tmp_path: Path) -> None:
+    write(tmp_path / "single_product.json", _answer(tiny))
+    texts = []
+    for name in ("a", "b"):
+        report.write_page(tmp_path, tmp_path / "page.md", tmp_path / name)
+        texts.append((tmp_path / name / "single_product.svg").read_text())
+    assert texts[0] == texts[1]
+    assert "<svg" in texts[0]
+
+
+def test_a_figure_holds_quartiles_far_above_the_medians(tiny: Problem, tmp_path: Path) -> None:
+    answer = _answer(tiny)
+    for record in answer["problems"][0]["candidates"]:
+        if "gradients" in record:
+            record["gradients"] = {"median": 1.0, "lower_quartile": 0.9, "upper_quartile": 500.0}
+    write(tmp_path / "single_product.json", answer)
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    assert (tmp_path / "single_product.svg").exists()
+
+
+def test_results_of_different_machines_make_no_page(tiny: Problem, tmp_path: Path) -> None:
+    answer = _answer(tiny)
+    write(tmp_path / "single_product.json", answer)
+    write(tmp_path / "ggn.json", {**answer, "machine": {**answer["machine"], "threads": 2}})
+    with pytest.raises(ValueError, match="ggn: of another machine"):
+        report.write_page(tmp_path, tmp_path / "page.md", tmp_path / "images")
