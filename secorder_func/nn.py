@@ -125,13 +125,7 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
         _check_names(params, known)
         args, kwargs = _arguments(inputs)
         with _alone_with(model), module_attributes_restored():
-            kept = {
-                name: p.detach()
-                for name, p in model.named_parameters()
-                if name in known and name not in params
-            }
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            values = _in_every_place(model, {**buffers, **kept, **params})
+            values = _in_every_place(model, params, known)
             return functional_call(model, values, args, kwargs, tie_weights=False)
 
     return model_fn, params
@@ -152,20 +146,31 @@ def _in_wrappers(model: nn.Module) -> nn.Module:
             return inner  # type: ignore[no-any-return]
 
 
-def _in_every_place(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values for all places of tied tensors, each place once.
+def _in_every_place(model: nn.Module, params: Params, known: frozenset[str]) -> dict[str, Tensor]:
+    """Return what stands in every place of the model: the parameters, free ones left out as constants, buffers copied.
 
-    `functional_call` would find the places itself, but lists those of a module that the model holds under two names
-    twice, and afterwards "restores" what it has put there: the module would keep the stand-ins for good (2.13).
+    `functional_call` would find the places of tied tensors itself, but lists those of a module that the model holds
+    under two names twice, and afterwards "restores" what it has put there: the module would keep the stand-ins for good
+    (2.13). One walk, because it is taken at every evaluation.
     """
-    names = {tensor: name for name, tensor in model.named_buffers()}
-    names |= {tensor: name for name, tensor in model.named_parameters()}
-    places = {}
-    for prefix, module in model.named_modules():
-        for named in (module.named_parameters, module.named_buffers):
-            for place, tensor in named(prefix, recurse=False, remove_duplicate=False):
-                if names[tensor] in values:
-                    places[place] = values[names[tensor]]
+    modules = [(prefix and f"{prefix}.", module) for prefix, module in model.named_modules()]
+    values: dict[int, Tensor] = {}  # of every tensor by identity, which tied places share
+    places: dict[str, Tensor] = {}
+    for prefix, module in modules:
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            place = prefix + name
+            if id(p) not in values and place in known:  # else it is frozen, and stays
+                values[id(p)] = params[place] if place in params else p.detach()
+            if id(p) in values:
+                places[place] = values[id(p)]
+    for prefix, module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in values:
+                    values[id(buffer)] = buffer.clone()
+                places[prefix + name] = values[id(buffer)]
     return places
 
 

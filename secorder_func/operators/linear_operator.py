@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from secorder_func.checks import (
 )
 from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
 from secorder_func.operators.chunks import Chunks
+from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
 
 if TYPE_CHECKING:
@@ -136,10 +138,8 @@ class LinearOperator:
         count = tree.flatten(vectors)[0][0].shape[0]
         if count == 0:
             return vectors
-        parts = list(
-            chunks.map(lambda rows: self._mm(tree.map(lambda leaf: leaf[rows], vectors)), count)
-        )
-        return parts[0] if len(parts) == 1 else tree.map(lambda *rows: torch.cat(rows), *parts)
+        parts = chunks.map(lambda rows: self._mm(tree.map(lambda leaf: leaf[rows], vectors)), count)
+        return _joined(parts, count)
 
     def chunks(self, chunk_size: ChunkSize, memory_budget: int | None, where: str) -> Chunks:
         """Return the chunks in which an algorithm works on vectors of this space; arguments as for `mm`."""
@@ -319,6 +319,24 @@ class LinearOperator:
                     "Make the real and imaginary parts the parameters (torch.view_as_real)",
                 )
             )
+
+
+def _joined(parts: Iterator[Tree], count: int) -> Tree:
+    """Return one tree of `count` rows out of chunks; written into place, so that no row exists twice."""
+    first = next(parts)
+    leaves, unflatten = tree.flatten(first)
+    if leaves[0].shape[0] == count:
+        return first
+    if in_transform() or any(t.requires_grad or t.layout != torch.strided for t in leaves):
+        return tree.map(lambda *rows: torch.cat(rows), first, *parts)
+    whole = [leaf.new_empty((count, *leaf.shape[1:])) for leaf in leaves]
+    done = 0
+    for part in chain([first], parts):
+        pieces, _ = tree.flatten(part)
+        for leaf, piece in zip(whole, pieces, strict=True):
+            leaf[done : done + piece.shape[0]] = piece
+        done += pieces[0].shape[0]
+    return unflatten(whole)
 
 
 def check_real_operator(op: Any, where: str) -> None:

@@ -137,6 +137,21 @@ def test_the_peak_is_that_of_tensors_that_live_together() -> None:
     assert bool((result == 5).all())
 
 
+def test_chunks_are_joined_without_a_second_copy() -> None:
+    op = LinearOperator(lambda v: 2 * v, SCALE, matmat=lambda vectors: 2 * vectors)
+    vectors = _vectors(50)
+    found, peak = with_peak_bytes(lambda: op.mm(vectors, chunk_size=2))
+    torch.testing.assert_close(found, 2 * vectors)
+    assert peak < 60 * BYTES
+
+
+def test_joined_chunks_can_be_differentiated() -> None:
+    scale = SCALE.clone().requires_grad_()
+    op = LinearOperator(lambda v: v * scale, SCALE, matmat=lambda vectors: vectors * scale)
+    (gradient,) = torch.autograd.grad(op.mm(_vectors(7), chunk_size=3).sum(), scale)
+    torch.testing.assert_close(gradient, _vectors(7).sum(0))
+
+
 def test_views_of_what_was_there_before_take_nothing() -> None:
     x = torch.ones(ENTRIES, dtype=torch.float64)
     _, peak = with_peak_bytes(lambda: x.view(10, 100)[1:].t())
