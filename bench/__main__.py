@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from importlib import import_module
@@ -48,6 +49,8 @@ def main() -> None:
 
     _limit(options.threads)
     results = SCRATCH if options.quick else RESULTS
+    if options.quick:  # results of another day may be of other versions
+        shutil.rmtree(SCRATCH, ignore_errors=True)
     begin = time.perf_counter()
     for name in options.questions or QUESTIONS:
         started = time.perf_counter()

@@ -69,14 +69,16 @@ def hutchinson_diagonal(
     chunks = op.chunks(chunk_size, memory_budget, "hutchinson_diagonal")
     seed = draw_seed(generator)
 
-    def moments(rows: slice) -> tuple[int, Tree, Tree]:
-        vectors = distribution(seed, range(rows.start, rows.stop), op.like)
+    def probes(rows: slice) -> Tree:
+        return distribution(seed, range(rows.start, rows.stop), op.like)
+
+    def moments(vectors: Tree, rows: slice) -> tuple[int, Tree, Tree]:
         samples = tree.map(torch.mul, vectors, op.mm(vectors, chunk_size=None))
         spread = tree.map(lambda x: (x - x.mean(0)).square().sum(0), samples)
         return rows.stop - rows.start, tree.map(lambda x: x.mean(0), samples), spread
 
     done, mean, spread = 0, None, None  # spread: sum of squared deviations from the mean
-    for count, chunk_mean, chunk_spread in chunks.map(moments, num_matvecs):
+    for count, chunk_mean, chunk_spread in chunks.map(probes, moments, num_matvecs):
         if mean is None:
             mean, spread = chunk_mean, chunk_spread
         else:  # Chan, Golub and LeVeque's pairwise update
@@ -113,8 +115,7 @@ def exact_diagonal(
     check_real_operator(op, "exact_diagonal")
     chunks = op.chunks(chunk_size, memory_budget, "exact_diagonal")
 
-    def pieces(rows: slice) -> list[Tensor | None]:
-        vectors = tree.basis(op.like, rows.start, rows.stop)
+    def pieces(vectors: Tree, rows: slice) -> list[Tensor | None]:
         products, _ = tree.flatten(op.mm(vectors, chunk_size=None))
         found, offset = [], 0
         for product in products:
@@ -128,7 +129,7 @@ def exact_diagonal(
 
     leaves, unflatten = tree.flatten(op.like)
     parts: list[list[Tensor]] = [[] for _ in leaves]
-    for found in chunks.map(pieces, op.shape[0]):
+    for found in chunks.map(op.basis, pieces, op.shape[0]):
         for part, piece in zip(parts, found, strict=True):
             if piece is not None:
                 part.append(piece)

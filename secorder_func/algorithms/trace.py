@@ -6,13 +6,12 @@ import math
 
 import torch
 
-from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.linear_operator import check_real_operator
-from secorder_func.typing import ChunkSize
+from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["exact_trace", "hutchinson_trace"]
 
@@ -80,10 +79,13 @@ def hutchinson_trace(
     chunks = op.chunks(chunk_size, memory_budget, "hutchinson_trace")
     seed = draw_seed(generator)
 
-    def forms_of(rows: slice) -> torch.Tensor:
-        return op.quadratic_forms(distribution(seed, range(rows.start, rows.stop), op.like))
+    def probes(rows: slice) -> Tree:
+        return distribution(seed, range(rows.start, rows.stop), op.like)
 
-    forms = torch.cat(list(chunks.map(forms_of, num_matvecs)))
+    def forms_of(vectors: Tree, rows: slice) -> torch.Tensor:
+        return op.quadratic_forms(vectors)
+
+    forms = torch.cat(list(chunks.map(probes, forms_of, num_matvecs)))
     error = forms.new_tensor(math.inf)
     if num_matvecs > 1:
         error = forms.detach().std() / math.sqrt(num_matvecs)
@@ -109,10 +111,10 @@ def exact_trace(
     check_real_operator(op, "exact_trace")
     chunks = op.chunks(chunk_size, memory_budget, "exact_trace")
 
-    def entries(rows: slice) -> torch.Tensor:
-        return op.quadratic_forms(tree.basis(op.like, rows.start, rows.stop)).sum()
+    def entries(vectors: Tree, rows: slice) -> torch.Tensor:
+        return op.quadratic_forms(vectors).sum()
 
-    parts = list(chunks.map(entries, op.shape[0]))
+    parts = list(chunks.map(op.basis, entries, op.shape[0]))
     if not parts:
         return torch.zeros((), dtype=op.dtype, device=op.device)
     return torch.stack(parts).sum()

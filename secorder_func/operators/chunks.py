@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from secorder_func import tree
 from secorder_func.checks import check_count
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.operators.memory import is_out_of_memory, with_peak_bytes
 from secorder_func.transforms.policy import in_transform
-from secorder_func.typing import ChunkSize
+from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["Chunks", "check_chunk_size", "chunks", "default_chunk_size", "default_memory_budget"]
 
@@ -31,13 +32,13 @@ def default_memory_budget(device: torch.device) -> int:
 
 
 class Chunks:
-    """Work on `count` items, some at a time.
+    """Work on `count` vectors, some at a time.
 
     Parameters
     ----------
     size
-        A number; None for all at once; or `"auto"`: one item first, whose bytes are counted, then as many at a time as
-        fit the budget, half as many after every failure to allocate.
+        A number; None for all at once; or `"auto"`: one vector first, with which the bytes of the work are counted,
+        then as many at a time as fit the budget, half as many after every failure to allocate.
     budget
         In bytes, for `"auto"`; None for the default of the device.
     where
@@ -45,9 +46,9 @@ class Chunks:
     device
         Where the work is done.
     entries
-        Of one item, by which `"auto"` goes inside a transform and under torch.compile, where nothing can be counted.
+        Of one vector, by which `"auto"` goes inside a transform and under torch.compile, where nothing can be counted.
     known
-        Bytes of one item by kind of work, counted before; what is counted here is added.
+        Bytes of one vector by kind of work, counted before; what is counted here is added.
 
     Attributes
     ----------
@@ -75,13 +76,16 @@ class Chunks:
         self._where = where
         self._known = {} if known is None else known
 
-    def map(self, work: Callable[[slice], T], count: int) -> Iterator[T]:
-        """Yield `work(chunk)` for the slices that cut `count` items."""
+    def map(
+        self, take: Callable[[slice], Tree], work: Callable[[Tree, slice], T], count: int
+    ) -> Iterator[T]:
+        """Yield `work(take(chunk), chunk)` for the slices that cut `count` stacked vectors."""
         start = 0
         while start < count:
             stop = min(start + self._next(count), count)
+            chunk = slice(start, stop)
             try:
-                result = self._done(work, slice(start, stop))
+                result = self._done(work, take(chunk), chunk)
             except RuntimeError as error:
                 if not self._shrinks(error, stop - start):
                     raise
@@ -98,10 +102,13 @@ class Chunks:
         taken = self._known.get(self._where)
         return 1 if taken is None else max(1, self._budget // max(1, _HIDDEN * taken))
 
-    def _done(self, work: Callable[[slice], T], chunk: slice) -> T:
+    def _done(self, work: Callable[[Tree, slice], T], vectors: Tree, chunk: slice) -> T:
         if self._size != "auto" or self._where in self._known:
-            return work(chunk)
-        result, self._known[self._where] = with_peak_bytes(lambda: work(chunk))
+            return work(vectors, chunk)
+        result, taken = with_peak_bytes(lambda: work(vectors, chunk))
+        # Drawing them takes less than multiplying them, and comes first.
+        taken += sum(leaf.numel() * leaf.element_size() for leaf in tree.flatten(vectors)[0])
+        self._known[self._where] = taken
         return result
 
     def _shrinks(self, error: RuntimeError, size: int) -> bool:

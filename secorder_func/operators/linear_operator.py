@@ -138,8 +138,16 @@ class LinearOperator:
         count = tree.flatten(vectors)[0][0].shape[0]
         if count == 0:
             return vectors
-        parts = chunks.map(lambda rows: self._mm(tree.map(lambda leaf: leaf[rows], vectors)), count)
+        parts = chunks.map(
+            lambda rows: tree.map(lambda leaf: leaf[rows], vectors),
+            lambda taken, rows: self._mm(taken),
+            count,
+        )
         return _joined(parts, count)
+
+    def basis(self, rows: slice) -> Tree:
+        """Return some rows of the identity, stacked."""
+        return tree.basis(self.like, rows.start, rows.stop)
 
     def chunks(self, chunk_size: ChunkSize, memory_budget: int | None, where: str) -> Chunks:
         """Return the chunks in which an algorithm works on vectors of this space; arguments as for `mm`."""
@@ -253,13 +261,12 @@ class LinearOperator:
         """
         self.require_real("LinearOperator.dense")
 
-        def columns(part: slice) -> Tensor:
-            products = self._mm(tree.basis(self.like, part.start, part.stop))
-            flat: Tensor = tree.ravel(products, batch_dims=1)[0]
+        def columns(vectors: Tree, rows: slice) -> Tensor:
+            flat: Tensor = tree.ravel(self._mm(vectors), batch_dims=1)[0]
             return flat
 
         chunks = self.chunks(chunk_size, memory_budget, "LinearOperator.dense")
-        parts = list(chunks.map(columns, self.shape[0]))
+        parts = list(chunks.map(self.basis, columns, self.shape[0]))
         return (
             torch.cat(parts).T if parts else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
         )

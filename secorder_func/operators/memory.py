@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secorder_func import tree
-
 __all__ = ["is_out_of_memory", "with_peak_bytes"]
 
 T = TypeVar("T")
@@ -39,17 +37,13 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        older: set[int] | None = None
-        for tensor in _dense(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._live:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
+            try:
+                storage = tensor.untyped_storage()
+            except NotImplementedError:  # sparse and other tensors without a storage of their own
                 continue
-            if older is None:
-                inputs = _dense((args, kwargs))
-                older = {t.untyped_storage()._cdata for t in inputs}
-            if storage._cdata not in older:  # else a view of what was there before
+            if storage._cdata not in self._live and not _is_view(storage, args):
                 self._born(storage)
         return result
 
@@ -64,12 +58,18 @@ class _Count(TorchDispatchMode):
         self._total -= self._live.pop(key, 0)
 
 
-def _dense(tensors: Any) -> list[Tensor]:
-    return [t for t in tree.tensors_in(tensors) if t.layout == torch.strided and not _is_wrapper(t)]
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, (tuple, list)) else []
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
-    return tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_view(storage: torch.UntypedStorage, args: tuple[Any, ...]) -> bool:
+    """Say whether a result is a view of an argument, which was there before."""
+    return any(
+        isinstance(arg, Tensor)
+        and arg.layout == torch.strided
+        and arg.untyped_storage()._cdata == storage._cdata
+        for arg in args
+    )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -53,7 +53,7 @@ def _vectors(count: int) -> Tensor:
 def test_the_first_product_is_counted_and_the_rest_fill_the_budget() -> None:
     product = Recorded()
     vectors = _vectors(12)
-    found = product.operator().mm(vectors, memory_budget=4 * 2 * 2 * BYTES)
+    found = product.operator().mm(vectors, memory_budget=4 * 2 * 3 * BYTES)
     assert product.sizes == [1, 4, 4, 3]
     torch.testing.assert_close(found, vectors * SCALE)
 
@@ -62,7 +62,7 @@ def test_what_was_counted_serves_the_next_call() -> None:
     product = Recorded()
     op = product.operator()
     for _ in range(2):
-        op.mm(_vectors(6), memory_budget=8 * 2 * 2 * BYTES)
+        op.mm(_vectors(6), memory_budget=8 * 2 * 3 * BYTES)
     assert product.sizes == [1, 5, 6]
 
 
