@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.rules.dual_norm import standardised, usual
 from secorder_func.rules.registry import Rules, repairs
 from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
@@ -34,6 +35,10 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dtype = _float32_under_autocast(input)
+    if rules.dual and usual(input, normalized_shape, weight, bias):
+        output = standardised(input, normalized_shape, eps)
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
     if not rules.higher:
         x = _widened(rules, input, weight)
         return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype)

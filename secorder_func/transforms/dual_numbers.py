@@ -80,6 +80,7 @@ _NO_GRAPH_NEEDED = frozenset(
 ) | {
     "AccumulateGrad",
     "_ConstantTimesBackward",
+    "_StandardisedBackward",
     "MeanBackward1",
     "SplitBackward0",
     "SqueezeBackward1",

@@ -1,0 +1,93 @@
+"""The core of layer norm for plain dual numbers, by closed forms out of torch's fused kernels.
+
+torch differentiates the backward pass of layer norm in forward mode by a decomposition that meets tangents of zero: a
+fifth of a Hessian-vector product of a GPT. The Jacobian of the standardisation `y = (x - mean) / std` of `n` entries is
+symmetric, `J = r (I - 1 1^T / n - y y^T / n)` with `r = 1 / std`, so that one fused kernel gives `J v` and `J^T g`; its
+derivative along a tangent `x'`, with `a = y . x' / n`, is `J' = -r a J - r (y' y^T + y y'^T) / n`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["standardised", "usual"]
+
+
+class _Standardised(torch.autograd.Function):
+    keeps_tangents = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
+        y, mean, r = torch.native_layer_norm(x, shape, None, None, eps)
+        ctx.shape, ctx.mean, ctx.r = shape, mean, r
+        ctx.axes = tuple(range(-len(shape), 0))
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+        ctx.tangents = None
+        return y
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, shape: None, eps: None) -> Tensor:
+        x, y = ctx.saved_tensors
+        bent = _times_jacobian(ctx, tangent, x)
+        ctx.tangents = bent, _mean(y * tangent, ctx.axes)
+        return bent
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        x, y = (forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
+        value, tangent = forward_ad.unpack_dual(g)
+        result = _times_jacobian(ctx, value, x)
+        if ctx.tangents is None:
+            moved = torch.zeros_like(result)
+        else:
+            bent, a = ctx.tangents
+            along = bent * _mean(y * value, ctx.axes) + y * _mean(bent * value, ctx.axes)
+            moved = -ctx.r * (a * result + along)
+        if tangent is not None:
+            moved = moved + _times_jacobian(ctx, tangent, x)
+        return forward_ad.make_dual(result, moved), None, None
+
+
+def _times_jacobian(ctx: Any, vector: Tensor, x: Tensor) -> Tensor:
+    mask = [True, False, False]
+    product: Tensor = torch.ops.aten.native_layer_norm_backward(
+        vector.contiguous(), x, ctx.shape, ctx.mean, ctx.r, None, None, mask
+    )[0]
+    return product
+
+
+def _mean(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return values.mean(axes, keepdim=True)
+
+
+_apply: Any = _Standardised.apply
+
+
+def standardised(x: Tensor, shape: Sequence[int], eps: float) -> Tensor:
+    """Return `(x - mean) / sqrt(var + eps)` over the last axes, which have this shape."""
+    result: Tensor = _apply(x, tuple(shape), eps)
+    return result
+
+
+def usual(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Say whether a layer norm is one that this module takes: of dual numbers, all of one dtype."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        and all(
+            t is None or (t.dtype == x.dtype and t.shape == x.shape[-t.ndim :])
+            for t in (weight, bias)
+        )
+        and 0 < len(shape) <= x.ndim
+        and tuple(shape) == tuple(x.shape[-len(shape) :])
+        and x.numel() > 0
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and forward_ad.unpack_dual(x).tangent is not None
+    )
