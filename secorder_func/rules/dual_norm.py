@@ -1,4 +1,4 @@
-"""The core of layer norm for plain dual numbers, by closed forms out of torch's fused kernels.
+"""Layer norm, and batch norm in evaluation mode, for plain dual numbers: closed forms out of torch's fused kernels.
 
 torch differentiates the backward pass of layer norm in forward mode by a decomposition that meets tangents of zero: a
 fifth of a Hessian-vector product of a GPT. The Jacobian of the standardisation `y = (x - mean) / std` of `n` entries is
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["standardised", "usual"]
+__all__ = ["is_dual", "standardised", "standardised_by", "usual"]
 
 
 class _Standardised(torch.autograd.Function):
@@ -66,7 +66,41 @@ def _mean(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return values.mean(axes, keepdim=True)
 
 
+class _Affine(torch.autograd.Function):
+    """`scale * x + shift` with constants, whose tangents of zero torch would compute with."""
+
+    keeps_tangents = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.scale = scale
+        return torch.addcmul(shift, x, scale)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, scale: None, shift: None) -> Tensor:
+        return tangent * ctx.scale  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        value, tangent = forward_ad.unpack_dual(g)
+        result = value * ctx.scale
+        if tangent is not None:
+            result = forward_ad.make_dual(result, tangent * ctx.scale)
+        return result, None, None
+
+
 _apply: Any = _Standardised.apply
+_affine: Any = _Affine.apply
+
+
+def standardised_by(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Return `(x - mean) / sqrt(var + eps)` for constants of each channel, the second axis."""
+    with torch.no_grad():
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = torch.rsqrt(var + eps).to(x.dtype)
+        shift = -mean.to(x.dtype) * scale
+    result: Tensor = _affine(x, scale.reshape(shape), shift.reshape(shape))
+    return result
 
 
 def standardised(x: Tensor, shape: Sequence[int], eps: float) -> Tensor:
@@ -78,13 +112,19 @@ def standardised(x: Tensor, shape: Sequence[int], eps: float) -> Tensor:
 def usual(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
     """Say whether a layer norm is one that this module takes: of dual numbers, all of one dtype."""
     return (
-        x.dtype in (torch.float32, torch.float64)
-        and all(
-            t is None or (t.dtype == x.dtype and t.shape == x.shape[-t.ndim :])
-            for t in (weight, bias)
-        )
+        is_dual(x)
         and 0 < len(shape) <= x.ndim
         and tuple(shape) == tuple(x.shape[-len(shape) :])
+        and all(
+            t is None or (t.dtype == x.dtype and t.shape == tuple(shape)) for t in (weight, bias)
+        )
+    )
+
+
+def is_dual(x: Tensor) -> bool:
+    """Say whether these are dual numbers of a dtype in which torch computes as it stands."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
         and x.numel() > 0
         and x.requires_grad
         and torch.is_grad_enabled()

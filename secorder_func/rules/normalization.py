@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.rules.dual_norm import standardised, usual
+from secorder_func.rules.dual_norm import is_dual, standardised, standardised_by, usual
 from secorder_func.rules.registry import Rules, repairs
 from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
@@ -60,6 +60,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    if rules.dual and not training and _has_constants(input, running_mean, running_var):
+        assert running_mean is not None
+        assert running_var is not None
+        return _per_channel(standardised_by(input, running_mean, running_var, eps), weight, bias)
     x = _widened(rules, input, weight)
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
@@ -70,6 +74,13 @@ def _batch_norm(
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     others = (0, *range(2, input.ndim))
     return _per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
+
+
+def _has_constants(input: Tensor, *statistics: Tensor | None) -> bool:
+    """Say whether dual numbers are standardised by statistics that have no derivatives."""
+    return is_dual(input) and all(
+        t is not None and not t.requires_grad and t.shape == input.shape[1:2] for t in statistics
+    )
 
 
 @repairs(F.instance_norm, because="it writes running statistics in training mode; " + _WRONG_THIRD)

@@ -1,4 +1,4 @@
-"""Log-softmax and cross-entropy in forward mode.
+"""Softmax, log-softmax and cross-entropy in forward mode.
 
 torch takes the forward derivative of log-softmax's backward pass through a decomposition that meets tangents of zero,
 whose shapes it computes in Python: 0.3 ms of a product whatever its size. Written out of `logsumexp`, the same
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.rules import dual_softmax
+from secorder_func.rules.dual_norm import is_dual
 from secorder_func.rules.registry import Rules, repairs
 
 __all__: list[str] = []
@@ -30,7 +32,7 @@ def _log_softmax(
 ) -> Tensor:
     if dim is None or dtype is not None or not (rules.forward and _is_usual(input, dim)):
         return F.log_softmax(input, dim, _stacklevel, dtype)
-    return _written_out(input, dim)
+    return _written_out(rules, input, dim)
 
 
 @repairs(F.cross_entropy, because=_SLOW)
@@ -56,7 +58,7 @@ def _cross_entropy(
     labels = not (target.is_floating_point() or label_smoothing)
     if not (rules.forward and labels and input.ndim and _is_usual(input, dim)):
         return F.cross_entropy(input, target, **options, label_smoothing=label_smoothing)
-    return F.nll_loss(_written_out(input, dim), target, **options)
+    return F.nll_loss(_written_out(rules, input, dim), target, **options)
 
 
 def _is_usual(input: Tensor, dim: int) -> bool:
@@ -64,5 +66,27 @@ def _is_usual(input: Tensor, dim: int) -> bool:
     return input.dtype in (torch.float32, torch.float64) and bool(input.numel())
 
 
-def _written_out(input: Tensor, dim: int) -> Tensor:
+def _written_out(rules: Rules, input: Tensor, dim: int) -> Tensor:
+    if rules.dual and is_dual(input):
+        return dual_softmax.log_softmax(input, dim)
     return input - input.logsumexp(dim, keepdim=True)
+
+
+@repairs(F.softmax, because=_SLOW)
+def _softmax(
+    rules: Rules,
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    if dim is None or dtype is not None or not (rules.dual and is_dual(input)):
+        return F.softmax(input, dim, _stacklevel, dtype)
+    return dual_softmax.softmax(input, dim)
+
+
+@repairs(torch.softmax, torch.Tensor.softmax, because=_SLOW)
+def _direct_softmax(rules: Rules, input: Tensor, dim: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or not (isinstance(dim, int) and rules.dual and is_dual(input)):
+        return torch.softmax(input, dim, *args, **kwargs)
+    return dual_softmax.softmax(input, dim)

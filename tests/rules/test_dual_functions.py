@@ -1,4 +1,4 @@
-"""Layer norm for dual numbers: closed forms against double backward, which torch has right."""
+"""Layer norm, batch norm, SiLU, softmax of dual numbers: closed forms against double backward, right in torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def _rand(*shape: int, seed: int = 0) -> Tensor:
 X = _rand(4, 3, seed=1)
 PARAMS = {"w": _rand(3, 5, seed=2), "scale": _rand(5, seed=3), "shift": _rand(5, seed=4)}
 VECTOR = {"w": _rand(3, 5, seed=5), "scale": _rand(5, seed=6), "shift": _rand(5, seed=7)}
+MEAN = _rand(5, seed=8)
 
 CASES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "scale and shift": lambda p: F.layer_norm(X @ p["w"], (5,), p["scale"], p["shift"]),
@@ -31,6 +32,21 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
         F.layer_norm(X @ p["w"], (5,), p["scale"], p["shift"]).sin(), (5,), p["scale"]
     ),
     "transposed": lambda p: F.layer_norm((p["w"].T @ X.T).T, (5,), p["scale"], p["shift"]),
+    "batch norm in evaluation": lambda p: F.batch_norm(
+        (X @ p["w"]).sin(), MEAN, MEAN.exp(), p["scale"], p["shift"]
+    ),
+    "batch norm of images": lambda p: F.batch_norm(
+        torch.einsum("ni,ik,j->nkij", X, p["w"].sin(), p["shift"]), MEAN, MEAN.exp(), p["scale"]
+    ),
+    "silu": lambda p: F.silu(X @ p["w"] * 2) * p["scale"],
+    "softmax": lambda p: F.softmax(X @ p["w"], -1) * p["scale"],
+    "softmax, rows": lambda p: torch.softmax((X @ p["w"]) ** 2, 0) * p["scale"],
+    "softmax, method": lambda p: (X @ p["w"]).sin().softmax(dim=1).exp() + p["shift"],
+    "softmax of half a mask": lambda p: (
+        (X @ p["w"]).masked_fill(torch.arange(5) > 2, -torch.inf).softmax(-1) * p["scale"]
+    ),
+    "log_softmax": lambda p: F.log_softmax(X @ p["w"], 1) * p["scale"],
+    "cross_entropy": lambda p: F.cross_entropy((X @ p["w"]).sin(), torch.tensor([0, 4, 2, 2])),
     "of a constant": lambda p: F.layer_norm(X, (3,)) @ p["w"] * p["scale"],
     "three axes in": lambda p: F.layer_norm(
         torch.stack([X @ p["w"], p["w"][:1] * X[:, :1]]), (5,), p["scale"], p["shift"]
@@ -40,7 +56,7 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_product_is_double_backwards(name: str) -> None:
-    weights = torch.linspace(0.5, 1.5, 40, dtype=torch.float64)
+    weights = torch.linspace(0.5, 1.5, 400, dtype=torch.float64)
 
     def f(p: dict[str, Tensor]) -> Tensor:
         entries = CASES[name](p).reshape(-1)
