@@ -15,6 +15,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.errors import NoExactRouteError, message
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.versions import Versions
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import Tree
@@ -72,17 +73,10 @@ def compiled_operator(
     leaves, unflatten = tree.flatten(params)
     at = unflatten([leaf.detach() for leaf in leaves])
     compiled = _compiled(product, (where, mode, *key))
-    versions = [_version(leaf) for leaf in leaves]
+    versions = Versions(leaves)
 
     def multiply(v: Tree) -> Tree:
-        if [_version(leaf) for leaf in leaves] != versions:
-            raise RuntimeError(
-                message(
-                    "LinearOperator",
-                    "a parameter was changed in place after the operator was made",
-                    "Make a new operator at the new parameters: nothing is compiled again",
-                )
-            )
+        versions.require_unchanged()
         watched = torch._C._len_torch_dispatch_stack() > 0  # under which Dynamo compiles nothing
         with torch.inference_mode(False), torch.no_grad():
             return (product if watched else compiled.run)(at, tree.map(Tensor.detach, v), rest)
@@ -160,7 +154,3 @@ def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     return type(leaf)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from secorder_func import tree
-from secorder_func.errors import message
 from secorder_func.operators.compiled import compiled_operator
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.versions import Versions
 from secorder_func.rules.cut_graphs import may_fail
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
@@ -274,7 +274,7 @@ def operator_on_leaves(
     one by one where that cannot.
     """
     leaves, unflatten = tree.flatten(params)
-    versions = [_version(leaf) for leaf in leaves]
+    versions = Versions(leaves)
     batched: LeafProduct = vmap(product, randomness="same")
     if isinstance(product, DoubleBackward):
         batched = product.several
@@ -303,14 +303,7 @@ def operator_on_leaves(
 
     def on_trees(multiply: LeafProduct) -> Callable[[Tree], Tree]:
         def apply(v: Tree) -> Tree:
-            if [_version(leaf) for leaf in leaves] != versions:
-                raise RuntimeError(
-                    message(
-                        "LinearOperator",
-                        "a parameter was changed in place after the operator was made",
-                        "Make a new operator at the new parameters",
-                    )
-                )
+            versions.require_unchanged()
             if check_finite:
                 require_values("LinearOperator")
             with out_of_inference_mode():
@@ -329,7 +322,3 @@ def operator_on_leaves(
         symmetric=True,
         mode=mode,
     )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)

@@ -17,8 +17,9 @@ from secorder_func.checks import (
     check_number,
     check_params,
 )
-from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
+from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.operators.chunks import Chunks
+from secorder_func.operators.scipy_form import scipy_form
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
 
@@ -283,38 +284,7 @@ class LinearOperator:
         TypeError
             The space is complex.
         """
-        try:
-            import numpy as np
-            from scipy.sparse.linalg import LinearOperator as ScipyOperator
-        except ImportError as error:
-            raise MissingExtraError("LinearOperator.scipy", "SciPy", "scipy") from error
-        self.require_real("LinearOperator.scipy")
-        flat = self.flat()
-        dtype = np.dtype("float64" if self.dtype == torch.float64 else "float32")
-
-        def to_torch(array: Any) -> Tensor:
-            return torch.as_tensor(np.array(array, dtype=dtype)).to(
-                dtype=self.dtype, device=self.device
-            )
-
-        def to_numpy(tensor: Tensor) -> Any:
-            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            return tensor.detach().to(device="cpu", dtype=wide).numpy()
-
-        def matvec(array: Any) -> Any:
-            return to_numpy(flat @ to_torch(array.reshape(-1)))
-
-        def matmat(array: Any) -> Any:
-            return to_numpy(flat.mm(to_torch(array.T).contiguous())).T
-
-        return ScipyOperator(
-            self.shape,
-            matvec=matvec,
-            matmat=matmat,
-            rmatvec=matvec if self.symmetric else None,
-            rmatmat=matmat if self.symmetric else None,
-            dtype=dtype,
-        )
+        return scipy_form(self)
 
     def require_real(self, where: str) -> None:
         """Refuse a complex space."""
