@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 __all__ = ["bars", "lines", "speedups"]
 
@@ -136,6 +137,7 @@ def lines(axes_of: Sequence[dict[str, Any]], path: Path) -> None:
                 if not grown[kind]:
                     axis.set_visible(False)
                     continue
+                axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_xlabel(grown["name"])
                 axis.grid(color="0.9", linewidth=0.6)
                 low, high = axis.get_ylim()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.registry import Rules, repairs, takes_dual_numbers
 
 __all__: list[str] = []
 
@@ -24,14 +24,16 @@ _WORTH_IT = 2**20
 
 @repairs(F.linear, because=_WASTE)
 def _linear(rules: Rules, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not (rules.dual and weight.ndim == 2 and _is_constant_factor(input, weight.t())):
+    if not (
+        takes_dual_numbers(rules) and weight.ndim == 2 and _is_constant_factor(input, weight.t())
+    ):
         return F.linear(input, weight, bias)
     product: Tensor = _times(input, weight.t())
     return product if bias is None else product + bias
 
 
 def _matmul(rules: Rules, input: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
-    if kwargs or not (rules.dual and _is_constant_factor(input, other)):
+    if kwargs or not (takes_dual_numbers(rules) and _is_constant_factor(input, other)):
         return torch.matmul(input, other, **kwargs)
     product: Tensor = _times(input, other)
     return product

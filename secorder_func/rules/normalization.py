@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.rules.dual_norm import is_dual, standardised, standardised_by, usual
-from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.registry import Rules, repairs, takes_dual_numbers
 from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
 __all__: list[str] = []
@@ -35,7 +35,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dtype = _float32_under_autocast(input)
-    if rules.dual and usual(input, normalized_shape, weight, bias):
+    if takes_dual_numbers(rules) and usual(input, normalized_shape, weight, bias):
         output = standardised(input, normalized_shape, eps)
         output = output if weight is None else output * weight
         return output if bias is None else output + bias
@@ -60,7 +60,11 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if rules.dual and not training and _has_constants(input, running_mean, running_var):
+    if (
+        takes_dual_numbers(rules)
+        and not training
+        and _has_constants(input, running_mean, running_var)
+    ):
         assert running_mean is not None
         assert running_var is not None
         return _per_channel(standardised_by(input, running_mean, running_var, eps), weight, bias)

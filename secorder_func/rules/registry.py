@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 __all__ = [
     "REPAIRS",
     "DifferentiatesInside",
@@ -19,6 +21,8 @@ __all__ = [
     "WrongForwardRuleError",
     "forward_is_differentiated",
     "repairs",
+    "takes_dual_numbers",
+    "takes_tangents",
 ]
 
 
@@ -81,6 +85,16 @@ def repairs(*functions: Any, because: str) -> Callable[[_F], _F]:
         return apply
 
     return register
+
+
+def takes_dual_numbers(rules: Rules) -> bool:
+    """Say `rules.dual`, which Dynamo cannot look up where a compiled module runs under rules made outside of it."""
+    return not torch.compiler.is_compiling() and rules.dual
+
+
+def takes_tangents(rules: Rules) -> bool:
+    """Say `rules.forward` for a repair that is not needed under torch.compile."""
+    return not torch.compiler.is_compiling() and rules.forward
 
 
 def forward_is_differentiated(rules: Rules) -> bool:

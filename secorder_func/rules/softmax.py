@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secorder_func.rules import dual_softmax
 from secorder_func.rules.dual_norm import is_dual
-from secorder_func.rules.registry import Rules, repairs
+from secorder_func.rules.registry import Rules, repairs, takes_dual_numbers, takes_tangents
 
 __all__: list[str] = []
 
@@ -30,7 +30,7 @@ def _log_softmax(
     _stacklevel: int = 3,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if dim is None or dtype is not None or not (rules.forward and _is_usual(input, dim)):
+    if dim is None or dtype is not None or not (takes_tangents(rules) and _is_usual(input, dim)):
         return F.log_softmax(input, dim, _stacklevel, dtype)
     return _written_out(rules, input, dim)
 
@@ -56,7 +56,7 @@ def _cross_entropy(
     }
     dim = 0 if input.ndim == 1 else 1
     labels = not (target.is_floating_point() or label_smoothing)
-    if not (rules.forward and labels and input.ndim and _is_usual(input, dim)):
+    if not (takes_tangents(rules) and labels and input.ndim and _is_usual(input, dim)):
         return F.cross_entropy(input, target, **options, label_smoothing=label_smoothing)
     return F.nll_loss(_written_out(rules, input, dim), target, **options)
 
@@ -67,7 +67,7 @@ def _is_usual(input: Tensor, dim: int) -> bool:
 
 
 def _written_out(rules: Rules, input: Tensor, dim: int) -> Tensor:
-    if rules.dual and is_dual(input):
+    if takes_dual_numbers(rules) and is_dual(input):
         return dual_softmax.log_softmax(input, dim)
     return input - input.logsumexp(dim, keepdim=True)
 
@@ -80,13 +80,17 @@ def _softmax(
     _stacklevel: int = 3,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if dim is None or dtype is not None or not (rules.dual and is_dual(input)):
+    if dim is None or dtype is not None or not (takes_dual_numbers(rules) and is_dual(input)):
         return F.softmax(input, dim, _stacklevel, dtype)
     return dual_softmax.softmax(input, dim)
 
 
 @repairs(torch.softmax, torch.Tensor.softmax, because=_SLOW)
 def _direct_softmax(rules: Rules, input: Tensor, dim: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not (isinstance(dim, int) and rules.dual and is_dual(input)):
+    if (
+        args
+        or kwargs
+        or not (isinstance(dim, int) and takes_dual_numbers(rules) and is_dual(input))
+    ):
         return torch.softmax(input, dim, *args, **kwargs)
     return dual_softmax.softmax(input, dim)
