@@ -105,3 +105,14 @@ def _as_strided_scatter(
     for length, step in zip(size, stride, strict=True):
         places = places.unsqueeze(-1) + step * torch.arange(length, device=input.device)
     return input.reshape(-1).scatter(0, places.reshape(-1), src.reshape(-1)).reshape(input.shape)
+
+
+@repairs(
+    torch.masked_select,
+    torch.Tensor.masked_select,
+    because="where it broadcasts, vmap of its second derivative sums over the wrong dimension",
+)
+def _masked_select(rules: Rules, input: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+    if input.shape != mask.shape:
+        input, mask = torch.broadcast_tensors(input, mask)
+    return torch.masked_select(input, mask, **kwargs)

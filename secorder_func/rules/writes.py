@@ -15,7 +15,7 @@ from torch import Tensor
 from secorder_func.errors import ArgumentError
 from secorder_func.rules.registry import Rules, repairs
 
-__all__ = ["redirected"]
+__all__ = ["asks_in_place", "not_in_place", "redirected", "writes_first"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -52,10 +52,44 @@ def _writes_by_name(function: Callable[..., Any]) -> bool:
 @cache
 def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     """Return where a function of torch.nn.functional takes `inplace`, None if it does not."""
-    if not isinstance(function, FunctionType) or function.__module__ != F.__name__:
-        return None
-    names = list(inspect.signature(function).parameters)
+    names = _parameters(function)
     return names.index("inplace") if "inplace" in names else None
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters of a function of torch.nn.functional."""
+    if not isinstance(function, FunctionType) or function.__module__ != F.__name__:
+        return []
+    return list(inspect.signature(function).parameters)
+
+
+def writes_first(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> bool:
+    """Say whether a call writes to its first argument."""
+    if not args:
+        return False
+    return (
+        _writes_by_name(function) or function == _SET_DATA or asks_in_place(function, args, kwargs)
+    )
+
+
+def asks_in_place(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> bool:
+    """Say whether a call of a function of torch.nn.functional has `inplace=True`."""
+    place = _place_of_inplace(function)
+    if place is None:
+        return False
+    return bool(args[place] if len(args) > place else kwargs.get("inplace", False))
+
+
+def not_in_place(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Return the arguments of such a call without its `inplace=True`."""
+    place = _place_of_inplace(function)
+    assert place is not None
+    return args[:place], {
+        **kwargs,
+        **dict(zip(_parameters(function)[place:], args[place:], strict=False)),
+        "inplace": False,
+    }
 
 
 def redirected(
@@ -64,13 +98,7 @@ def redirected(
     """Return the arguments with a stand-in for what the function writes to, and whether it writes its first."""
     if isinstance(kwargs.get("out"), Tensor):
         kwargs = {**kwargs, "out": stand_in(kwargs["out"])}
-    if not args:
-        return args, kwargs, False
-    place = _place_of_inplace(function)
-    in_place = place is not None and bool(
-        args[place] if len(args) > place else kwargs.get("inplace", False)
-    )
-    if not (in_place or _writes_by_name(function) or function == _SET_DATA):
+    if not writes_first(function, args, kwargs):
         return args, kwargs, False
     first = args[0]
     if isinstance(first, Tensor):
