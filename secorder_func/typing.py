@@ -23,7 +23,13 @@ ModelFn: TypeAlias = Callable[[Tree, Any], Tree]
 MatVec: TypeAlias = Callable[[Tree], Tree]
 """A linear map from a tree to a tree of the same structure."""
 
-Mode: TypeAlias = Literal["auto", "forward_over_reverse", "reverse_over_reverse", "double_backward"]
+Mode: TypeAlias = Literal[
+    "auto",
+    "reverse_over_forward",
+    "forward_over_reverse",
+    "reverse_over_reverse",
+    "double_backward",
+]
 """How an exact product is differentiated; see `secorder_func.transforms.policy`."""
 
 ChunkSize: TypeAlias = int | Literal["auto"] | None

@@ -16,6 +16,7 @@ from secorder_func.operators.versions import Versions
 from secorder_func.rules.cut_graphs import may_fail
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import grad, vjp_aux, without_vmap_warnings
 from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.gauss_newton import (
@@ -35,7 +36,7 @@ from secorder_func.transforms.policy import (
     no_exact_route,
     routes_for,
 )
-from secorder_func.transforms.torch_func import grad, vjp_aux, without_vmap_warnings
+from secorder_func.transforms.propagated import by_propagation
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_back"]
@@ -43,7 +44,7 @@ __all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_bac
 LeafProduct = Callable[[Leaves], Leaves]
 
 _OTHER_MODE = (
-    "Make the operator with another mode= (forward_over_reverse, reverse_over_reverse, double_backward), "
+    "Make the operator with another mode= (reverse_over_forward, forward_over_reverse, reverse_over_reverse, double_backward), "
     "or replace the function that is to blame"
 )
 
@@ -118,6 +119,12 @@ def hessian_operator(
         leaf_loss = loss.at(forward=True, higher=outside)
         return _replaying(lambda v: forward_over_reverse(leaf_loss, loss.leaves, v).hv, loss.leaves)
 
+    def propagated() -> LeafProduct:
+        def product(v: Leaves) -> Leaves:
+            return by_propagation(loss, v, closed=False, differentiable=outside)[0]
+
+        return _replaying(product, loss.leaves)
+
     def plain() -> LeafProduct:
         at = to_differentiate(loss.leaves, differentiable=outside)
         product = DoubleBackward(lambda: loss.plain(at)[0], at, create_graph=outside)
@@ -125,7 +132,7 @@ def hessian_operator(
         return product
 
     route, product = first_exact(
-        _in_order(mode, reverse, forward, plain),
+        _in_order(mode, reverse, forward, plain, propagated),
         where=where,
         tensors=loss.leaves,
         eager=loss.eager,
@@ -212,6 +219,7 @@ def _in_order(
     reverse: Callable[[], LeafProduct],
     forward: Callable[[], LeafProduct],
     plain: Callable[[], LeafProduct],
+    propagated: Callable[[], LeafProduct] | None = None,
 ) -> list[tuple[str, Callable[[], LeafProduct]]]:
     """Return the routes of a mode; an operator keeps a pullback, so that it takes reverse over reverse first."""
     ways = {
@@ -219,6 +227,8 @@ def _in_order(
         "forward_over_reverse": forward,
         "double_backward": plain,
     }
+    if mode == "reverse_over_forward" and propagated is not None:
+        return [(mode, propagated)]
     allowed = routes_for(mode, outside=False)
     return [(name, way) for name, way in ways.items() if name in allowed]
 

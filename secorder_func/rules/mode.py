@@ -195,6 +195,7 @@ def evaluation(
     inside: bool = False,
     exchange: list[tuple[Tensor, Tensor]] | None = None,
     protect: Sequence[Tensor] = (),
+    make: Callable[..., SecondOrderRules] = SecondOrderRules,
 ) -> AbstractContextManager[SecondOrderRules]:
     """Return the context in which a loss is evaluated once.
 
@@ -210,8 +211,10 @@ def evaluation(
         Pairs of a tensor and its stand-in.
     protect
         Tensors that the loss must not write to: the parameters.
+    make
+        What makes the mode, `SecondOrderRules` or one that extends it.
     """
-    rules = SecondOrderRules(
+    rules = make(
         forward=forward, higher=higher, inside=inside, exchange=exchange, protect=protect
     )
     return _traced(rules) if torch.compiler.is_compiling() else _Guarded(rules)
@@ -224,13 +227,16 @@ def evaluated(
     higher: bool,
     exchange: list[tuple[Tensor, Tensor]] | None = None,
     protect: Sequence[Tensor] = (),
+    make: Callable[..., SecondOrderRules] = SecondOrderRules,
 ) -> T:
     """Return `evaluate(rules)` under the rules; arguments as for `evaluation`.
 
     A loss that turns out to differentiate by `torch.autograd.grad` is evaluated again, with the same random
     numbers, by functions that have right third derivatives.
     """
-    begin = partial(evaluation, forward=forward, exchange=exchange, protect=protect)
+    begin = partial(
+        evaluation, forward=forward, exchange=exchange, protect=protect, make=make
+    )
     if torch.compiler.is_compiling():
         with begin(higher=higher) as rules:
             return evaluate(rules)

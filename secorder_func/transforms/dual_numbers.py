@@ -13,10 +13,9 @@ from torch.autograd import forward_ad
 
 from secorder_func.errors import ArgumentError
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import forward_mode_lock, prepare_forward_mode
 from secorder_func.transforms.loss import FlatLoss, Leaves
 from secorder_func.transforms.plain_autograd import PlainEvaluation, gradients, recording
-from secorder_func.transforms.policy import forward_mode_lock
-from secorder_func.transforms.torch_func import prepare_forward_mode
 
 __all__ = ["by_dual_numbers"]
 

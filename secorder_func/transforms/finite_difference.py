@@ -14,10 +14,10 @@ from secorder_func.checks import check_callable, check_count, check_like, check_
 from secorder_func.errors import ArgumentError
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import grad
 from secorder_func.transforms.double_backward import plain_gradient
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.policy import differentiated_outside, in_transform
-from secorder_func.transforms.torch_func import grad
 from secorder_func.typing import LossFn, Tree
 
 __all__ = ["base_step", "central_difference", "finite_difference_hvp"]

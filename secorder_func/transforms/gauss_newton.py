@@ -15,6 +15,7 @@ from secorder_func.checks import check_callable, check_like, check_params
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.rules.torch_func import forward_mode_lock, grad, jvp, jvp_aux, vjp, vjp_aux
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.loss import Leaves, checked_scalar
 from secorder_func.transforms.plain_autograd import to_differentiate
@@ -23,11 +24,9 @@ from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,
     first_exact,
-    forward_mode_lock,
     refuse_third_derivatives,
     routes_for,
 )
-from secorder_func.transforms.torch_func import grad, jvp, jvp_aux, vjp, vjp_aux
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = [

@@ -11,6 +11,7 @@ import torch
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_like
 from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.rules.torch_func import forward_mode_lock, grad, jvp_aux, vjp_aux
 from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.dual_numbers import by_dual_numbers
 from secorder_func.transforms.finite import refuse_non_finite, require_values
@@ -20,12 +21,11 @@ from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,
     first_exact,
-    forward_mode_lock,
     in_transform,
     refuse_third_derivatives,
     routes_for,
 )
-from secorder_func.transforms.torch_func import grad, jvp_aux, vjp_aux
+from secorder_func.transforms.propagated import by_propagation
 from secorder_func.typing import LossFn, Mode, Tree
 
 __all__ = [
@@ -53,7 +53,7 @@ def hvp(
     has_aux
         Whether `f` returns something beside the loss. Its tensors come back without derivatives.
     mode
-        `"auto"`, `"forward_over_reverse"`, `"reverse_over_reverse"` or `"double_backward"`; see
+        `"auto"`, `"reverse_over_forward"`, `"forward_over_reverse"`, `"reverse_over_reverse"` or `"double_backward"`; see
         `secorder_func.transforms.policy`.
     check_finite
         Whether a product with a NaN or infinite entry is an error; not inside a transform. It looks at every entry.
@@ -136,7 +136,7 @@ def hvp_and_grad(
 
 
 class Product(NamedTuple):
-    """What one evaluation gives: leaves of `Hv` and of the gradient, tensors of the auxiliary output."""
+    """What one evaluation gives: leaves of `Hv` and of the gradient, if asked for, tensors of the auxiliary output."""
 
     hv: Leaves
     gradient: Leaves
@@ -161,9 +161,24 @@ def _product(
     vector = tuple(tree.flatten(without_inference_tensors(v))[0])
     outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
 
+    with_gradient = check_finite or where == "hvp_and_grad"
+    routes = routes_for(mode, outside=outside)
+    if mode == "auto" and with_gradient:  # which the others give beside the product
+        routes = tuple(route for route in routes if route != "reverse_over_forward")
+
     def compute(route: Mode) -> Product:
         if route == "double_backward":
             return double_backward(loss, vector, differentiable=outside)
+        if route == "reverse_over_forward":
+            return Product(
+                *by_propagation(
+                    loss,
+                    vector,
+                    closed=mode == "auto",
+                    differentiable=outside,
+                    gradient=with_gradient,
+                )
+            )
         if route == "forward_over_reverse":
             plainly = None if outside or in_transform() else by_dual_numbers(loss, vector)
             if plainly is not None:
@@ -173,7 +188,7 @@ def _product(
         return reverse_over_reverse(leaf_loss, loss.leaves, vector, differentiable=outside)
 
     _, result = first_exact(
-        [(route, partial(compute, route)) for route in routes_for(mode, outside=outside)],
+        [(route, partial(compute, route)) for route in routes],
         where=where,
         tensors=loss.leaves,
         eager=loss.eager,

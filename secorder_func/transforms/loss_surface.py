@@ -15,9 +15,9 @@ from secorder_func.checks import check_callable, check_count, check_like
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import without_vmap_warnings
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.policy import differentiated_outside, in_transform
-from secorder_func.transforms.torch_func import without_vmap_warnings
 from secorder_func.typing import LossFn, Tree
 
 __all__ = ["default_chunk_size", "loss_surface", "swept"]

@@ -14,8 +14,8 @@ from secorder_func.errors import ArgumentError, NoExactRouteError
 from secorder_func.rules import SecondOrderRules, evaluated, evaluation
 from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.cut_graphs import History, UnrecordedBackwardError
+from secorder_func.rules.torch_func import without_vmap_warnings
 from secorder_func.transforms.loss import Leaves
-from secorder_func.transforms.torch_func import without_vmap_warnings
 
 __all__ = [
     "PlainEvaluation",

@@ -17,9 +17,7 @@ a clock, so the same call always takes the same route.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -46,7 +44,6 @@ __all__ = [
     "check_mode",
     "differentiated_outside",
     "first_exact",
-    "forward_mode_lock",
     "in_transform",
     "no_exact_route",
     "refuse_third_derivatives",
@@ -55,9 +52,6 @@ __all__ = [
 
 T = TypeVar("T")
 Failures = list[tuple[str, RuntimeError]]
-
-_FORWARD_MODE = threading.RLock()
-
 
 def check_mode(mode: str, where: str) -> None:
     """Refuse a mode that is not one of `Mode`."""
@@ -86,7 +80,7 @@ def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
     last: tuple[Mode, ...] = () if in_transform() else ("double_backward",)
     if outside:
         return ("reverse_over_reverse", *last)
-    return ("forward_over_reverse", "reverse_over_reverse", *last)
+    return ("reverse_over_forward", "forward_over_reverse", "reverse_over_reverse", *last)
 
 
 _NOT_INSIDE = "plain autograd does not work inside vmap, grad, jvp or torch.compile"
@@ -136,11 +130,6 @@ def refuse_third_derivatives(product: Sequence[Tensor], where: str) -> None:
             leaf.register_hook(refuse)
 
 
-def forward_mode_lock() -> AbstractContextManager[Any]:
-    """Return the lock around forward mode, whose dual levels torch shares among threads."""
-    return nullcontext() if torch.compiler.is_compiling() else _FORWARD_MODE
-
-
 def first_exact(
     routes: Sequence[tuple[str, Callable[[], T]]],
     *,
@@ -176,7 +165,8 @@ def first_exact(
         except (ArgumentError, UnrecordedBackwardError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            failures.append((name, error))
+            if name != "reverse_over_forward" or len(routes) == 1:  # else it was worth a try
+                failures.append((name, error))
             state.restore()
             continue
         if failures:

@@ -15,9 +15,9 @@ from secorder_func import tree
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.backward import grad_under_rules
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import grad
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar, flat_loss
-from secorder_func.transforms.torch_func import grad
 from secorder_func.typing import LossFn, Mode, Tree
 from secorder_func.verify._lenses import HoldingNothing, InDouble, wider
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secorder_func import hvp
 from secorder_func.compat.core.hvp import exact_hvp
-from secorder_func.transforms.policy import forward_mode_lock
+from secorder_func.rules.torch_func import forward_mode_lock
 from tests import oracles
 from tests.compat.closures import same, snapshot
 from tests.situations.entries import (

@@ -6,9 +6,10 @@ torch types the results of `jvp` and `vjp` as unions over `has_aux`; here every 
 from __future__ import annotations
 
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.func
 from torch.func import grad
 
 __all__ = [
+    "forward_mode_lock",
     "grad",
     "jvp",
     "jvp_aux",
@@ -26,6 +28,13 @@ __all__ = [
 ]
 
 Function = Callable[..., Any]
+
+_FORWARD_MODE = threading.RLock()
+
+
+def forward_mode_lock() -> AbstractContextManager[Any]:
+    """Return the lock around forward mode, whose dual levels torch shares among threads."""
+    return nullcontext() if torch.compiler.is_compiling() else _FORWARD_MODE
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+"""Functions that the terms pass by torch's own forward rule, which a sweep proved right when it is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.rules.mode import SecondOrderRules
+from secorder_func.rules.torch_func import forward_mode_lock, jvp_aux
+
+__all__ = ["PROVEN", "pushed_by_torch"]
+
+PROVEN: set[Any] = set()
+
+
+def pushed_by_torch(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    carried: Sequence[Tensor],
+    terms: tuple[Tensor, ...],
+) -> tuple[Any, Any]:
+    """Return the value of a function and its term, None where an output has none."""
+    places = {id(x): index for index, x in enumerate(carried)}
+    restore: Any = None
+
+    def exchanged(value: Any, tensors: tuple[Tensor, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return tensors[places[id(value)]] if id(value) in places else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(exchanged(item, tensors) for item in value)
+        if isinstance(value, dict):
+            return {key: exchanged(item, tensors) for key, item in value.items()}
+        return value
+
+    def evaluate(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        nonlocal restore
+        with SecondOrderRules(forward=True, higher=True):
+            out = func(*exchanged(args, tensors), **exchanged(kwargs, tensors))
+        found, restore = tree.tensors_and_rest(out)
+        smooth = tuple(x for x in found if _is_smooth(x))
+        return smooth, found
+
+    with forward_mode_lock():
+        values, pushed, found = jvp_aux(evaluate, tuple(carried), terms)
+    values, pushed = iter(values), iter(pushed)
+    pairs = [(next(values), next(pushed)) if _is_smooth(x) else (x, None) for x in found]
+    return restore([value for value, _ in pairs]), restore([term for _, term in pairs])
+
+
+def _is_smooth(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()

@@ -1,0 +1,207 @@
+"""What is written out of other functions: dropout, attention, norms and distances."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.rules.levels import unwrapped
+from secorder_func.taylor.registry import written
+
+__all__: list[str] = []
+
+
+@written(F.dropout)
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or p == 0.0:
+        return input
+    return input * _mask(input, p)
+
+
+def _mask(input: Tensor, p: float) -> Tensor:
+    """Return the mask that a plain evaluation draws."""
+    if p == 1.0:
+        return torch.zeros_like(input)
+    mask = torch.empty_like(unwrapped(input), requires_grad=False)
+    return mask.bernoulli_(1 - p).div_(1 - p)
+
+
+@written(F.scaled_dot_product_attention)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))
+    idle = None
+    if is_causal:
+        size = query.shape[-2], key.shape[-2]
+        hidden = torch.ones(size, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        idle = attn_mask.logical_not().all(-1, keepdim=True)
+        scores = scores.masked_fill(attn_mask.logical_not() & ~idle, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    shares = F.softmax(scores, -1)
+    if idle is not None:
+        shares = shares.masked_fill(idle, 0.0)
+    if dropout_p:
+        shares = F.dropout(shares, dropout_p, True)
+    return torch.matmul(shares, value)
+
+
+# ------------------------------------------------------------------------ other kinds of dropout
+
+
+def _channels_mask(input: Tensor, p: float) -> Tensor:
+    """Return one entry of a mask for each channel of each sample, as torch draws them."""
+    shape = (*input.shape[:2], *[1] * (input.ndim - 2))
+    plain = unwrapped(input)
+    noise = torch.empty(shape, dtype=plain.dtype, device=plain.device)
+    return noise.bernoulli_(1 - p)
+
+
+@written(torch.feature_dropout)
+def _feature_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    if not train or p == 0.0:
+        return input
+    if p == 1.0:
+        return input * torch.zeros_like(input)
+    return input * _channels_mask(input, p).div_(1 - p)
+
+
+_ALPHA = 1.7580993408473766
+
+
+def _alpha(input: Tensor, noise: Tensor, p: float) -> Tensor:
+    """Return an affine function of what is kept, with mean and variance as before."""
+    a = 1 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
+    b = noise.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
+    return input * noise.mul(a) + b
+
+
+@written(torch.alpha_dropout)
+def _alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    if not train or p == 0.0:
+        return input
+    if p == 1.0:
+        return input * torch.zeros_like(input)
+    noise = torch.empty_like(unwrapped(input), requires_grad=False).bernoulli_(1 - p)
+    return _alpha(input, noise, p)
+
+
+@written(torch.feature_alpha_dropout)
+def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    if not train or p == 0.0:
+        return input
+    if p == 1.0:
+        return input * torch.zeros_like(input)
+    return _alpha(input, _channels_mask(input, p), p)
+
+
+# ------------------------------------------------------------------------- distances and their losses
+
+
+@written(F.cosine_similarity, torch.cosine_similarity)
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    x1, x2 = torch.broadcast_tensors(x1, x2)
+    sizes = (torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps) for x in (x1, x2))
+    first, second = sizes
+    return (x1 / first * (x2 / second)).sum(dim)
+
+
+@written(F.pairwise_distance, torch.pairwise_distance)
+def _pairwise_distance(
+    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _reduced(each: Tensor, reduction: Any) -> Tensor:
+    """Reduce as a name or one of torch's numbers for it says."""
+    if reduction in ("none", 0):
+        return each
+    return each.mean() if reduction in ("mean", 1) else each.sum()
+
+
+@written(torch.margin_ranking_loss)
+def _margin_ranking(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: Any = 1
+) -> Tensor:
+    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
+
+
+@written(torch.hinge_embedding_loss)
+def _hinge_embedding(
+    input: Tensor, target: Tensor, margin: float = 1.0, reduction: Any = 1
+) -> Tensor:
+    apart = torch.where(target != 1, (margin - input).clamp_min(0), 0.0)
+    together = torch.where(target != -1, input, 0.0)
+    return _reduced(apart + together, reduction)
+
+
+@written(torch.cosine_embedding_loss)
+def _cosine_embedding(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: Any = 1
+) -> Tensor:
+    small = 1e-12
+    dim = target.ndim
+    first = (input1 * input1).sum(dim) + small
+    second = (input2 * input2).sum(dim) + small
+    cosine = (input1 * input2).sum(dim) / (first * second).sqrt()
+    apart = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
+    return _reduced(torch.where(target == 1, 1 - cosine, 0.0) + apart, reduction)
+
+
+@written(torch.triplet_margin_loss)
+def _triplet(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+    reduction: Any = 1,
+) -> Tensor:
+    near = F.pairwise_distance(anchor, positive, p, eps)
+    far = F.pairwise_distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
+    return _reduced((margin + near - far).clamp_min(0), reduction)
+
+
+@written(F.affine_grid, torch.affine_grid_generator)
+def _affine_grid(theta: Tensor, size: Any, align_corners: Any = None) -> Tensor:
+    shape = list(size)
+    axes = []
+    for length in shape[2:]:
+        axis = torch.linspace(-1, 1, length, dtype=theta.dtype, device=theta.device)
+        if length == 1:
+            axis = torch.zeros_like(axis)
+        axes.append(axis if align_corners else axis * ((length - 1) / length))
+    grid = torch.meshgrid(*axes, indexing="ij")
+    points = torch.stack([*reversed(grid), torch.ones_like(grid[0])], -1)
+    moved = points.flatten(0, -2) @ theta.transpose(-2, -1)
+    return moved.reshape(shape[0], *shape[2:], len(axes))
+
+
+@written(torch.conv_tbc)
+def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    out = F.conv1d(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
+    return out.permute(2, 0, 1)

@@ -1,0 +1,199 @@
+"""Functions that are linear in what they differentiate: the term passes through the function itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.taylor.registry import Terms, forms, jointly_linear, linear, tangent
+
+__all__: list[str] = []
+
+_TENSOR: Any = torch.Tensor
+
+_SHAPES = (
+    *("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "view_as"),
+    *("reshape_as", "transpose", "t", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
+    *("adjoint", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"),
+    *("narrow", "narrow_copy", "select", "select_copy", "unbind", "split", "split_with_sizes"),
+    *("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "tensor_split"),
+    *("hsplit", "vsplit", "dsplit", "unfold", "diagonal", "diag", "diag_embed", "diagflat"),
+    *("tril", "triu", "flip", "fliplr", "flipud", "roll", "rot90", "contiguous", "clone"),
+    *("index_select", "gather", "take", "take_along_dim", "masked_select", "alias_copy"),
+    *("unfold_copy", "view_copy", "expand_copy", "permute_copy", "t_copy", "transpose_copy"),
+    *("squeeze_copy", "unsqueeze_copy", "detach_copy", "split_copy", "unbind_copy", "slice_copy"),
+    *("diagonal_copy", "as_strided", "as_strided_copy", "sum_to_size"),
+)
+_COPIES = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
+_COMPLEX = ("real", "imag", "view_as_real", "view_as_complex", "conj", "conj_physical")
+_COMPLEX_TOO = ("resolve_conj", "resolve_neg", "chalf", "cfloat", "cdouble")
+_SUMS = ("sum", "mean", "nansum", "cumsum", "trace", "diff", "deg2rad", "rad2deg", "neg")
+_SUMS_TOO = ("negative", "positive", "fftshift", "ifftshift")
+_WINDOWS = (
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_avg_pool3d", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("native_channel_shuffle", "interpolate", "upsample", "upsample_nearest"),
+    "upsample_bilinear",
+)
+_TRANSFORMS = tuple(
+    f"{name}{dims}"
+    for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+    for dims in ("", "2", "n")
+)
+
+linear(*forms(*_SHAPES, *_COPIES, *_COMPLEX, *_COMPLEX_TOO, *_SUMS, *_SUMS_TOO, *_WINDOWS))
+linear(*(getattr(torch.fft, name) for name in (*_TRANSFORMS, "fftshift", "ifftshift")))
+linear(F.unfold, torch.stft, _TENSOR.stft, torch.istft, _TENSOR.istft, torch.nanmean)
+linear(_TENSOR.nanmean, _TENSOR.__getitem__, _TENSOR.__neg__, _TENSOR.__pos__, _TENSOR.diff)
+linear(*(getattr(_TENSOR, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")))
+
+jointly_linear(
+    *forms("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack"),
+    *forms("column_stack", "block_diag", "atleast_1d", "atleast_2d", "atleast_3d", "meshgrid"),
+    *forms("broadcast_tensors", "diagonal_scatter", "select_scatter", "slice_scatter"),
+    *forms("masked_scatter", "index_copy"),
+    torch.as_strided_scatter,
+    _TENSOR.as_strided_scatter,
+)
+
+
+@tangent(torch.where, _TENSOR.where, kind="linear", by_output=True)
+def _where(t: Terms, out: Any, first: Tensor, *others: Any, **kwargs: Any) -> Tensor | None:
+    if first.dtype == torch.bool:
+        condition, (input, other) = first, _two(others, kwargs)
+    else:
+        input, (condition, other) = first, _two(others, kwargs)
+    parts = [_term_or_zero(t, part, out) for part in (input, other)]
+    return torch.where(condition, *parts)
+
+
+def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    first, second = (*args, *kwargs.values())
+    return first, second
+
+
+def _term_or_zero(t: Terms, part: Any, out: Tensor) -> Tensor:
+    term = t(part)
+    return out.new_zeros(()) if term is None else term.to(out.dtype)
+
+
+@tangent(*forms("masked_fill", "masked_fill_"), kind="linear", by_output=True)
+def _masked_fill(t: Terms, out: Any, input: Tensor, mask: Tensor, value: Any) -> Tensor | None:
+    term, filled = t(input), t(value)
+    if filled is None:
+        return None if term is None else term.masked_fill(mask, 0.0)
+    return torch.where(mask, filled.to(out.dtype), _term_or_zero(t, input, out))
+
+
+@tangent(*forms("index_fill", "index_fill_"), kind="linear", by_output=True)
+def _index_fill(t: Terms, out: Any, input: Tensor, dim: int, index: Any, value: Any) -> Tensor:
+    filled = t(value)
+    term = t(input)
+    term = torch.zeros_like(input) if term is None else term
+    return term.index_fill(dim, index, 0.0 if filled is None else filled)
+
+
+@tangent(*forms("scatter", "scatter_"), kind="linear", by_output=True)
+def _scatter(
+    t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any
+) -> Tensor:
+    if kwargs.keys() - {"value"}:
+        raise TypeError("scatter with a reduction")
+    source = t(src if src is not None else kwargs.get("value"))
+    if source is None:
+        source = torch.zeros_like(src) if isinstance(src, Tensor) else 0.0
+    return _or_zeros(t, input).scatter(dim, index, source)
+
+
+@tangent(*forms("scatter_add", "scatter_add_"), kind="linear", by_output=True)
+def _scatter_add(t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src: Tensor) -> Any:
+    source = t(src)
+    term = _or_zeros(t, input)
+    return term if source is None else term.scatter_add(dim, index, source)
+
+
+@tangent(*forms("index_add", "index_add_"), kind="linear", by_output=True)
+def _index_add(
+    t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1
+) -> Tensor:
+    added, term = t(source), _or_zeros(t, input)
+    return term if added is None else term.index_add(dim, index, added.to(term.dtype), alpha=alpha)
+
+
+@tangent(*forms("index_put", "index_put_"), kind="linear", by_output=True)
+def _index_put(
+    t: Terms, out: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False
+) -> Tensor:
+    put = t(values)
+    put = torch.zeros_like(values) if put is None else put
+    return _or_zeros(t, input).index_put(indices, put, accumulate)
+
+
+@tangent(_TENSOR.__setitem__, kind="linear", by_output=True)
+def _set_item(t: Terms, out: Any, input: Tensor, index: Any, value: Any) -> Tensor:
+    term = _or_zeros(t, input).clone()
+    put = t(value)
+    term[index] = 0.0 if put is None else put
+    return term
+
+
+@tangent(_TENSOR.copy_, kind="linear", by_output=True)
+def _copy(t: Terms, out: Any, input: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
+    term = t(src)
+    return None if term is None else term.to(input)
+
+
+@tangent(_TENSOR.zero_, _TENSOR.fill_, torch.fill, kind="linear", by_output=True)
+def _fill(t: Terms, out: Any, input: Tensor, value: Any = 0.0) -> Tensor | None:
+    return t(value)
+
+
+def _or_zeros(t: Terms, input: Tensor) -> Tensor:
+    term = t(input)
+    return torch.zeros_like(input) if term is None else term
+
+
+@tangent(F.pad, torch.constant_pad_nd, kind="linear")
+def _pad(t: Terms, out: Any, input: Tensor, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
+    return F.pad(t(input), pad, mode if isinstance(mode, str) else "constant")
+
+
+@tangent(F.embedding, kind="linear")
+def _embedding(t: Terms, out: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    padding = kwargs.get("padding_idx", args[0] if args else None)
+    by_frequency = kwargs.get("scale_grad_by_freq", args[3] if len(args) > 3 else False)
+    if by_frequency:
+        raise TypeError("its gradient is scaled, so that it is not the derivative of its output")
+    rows = F.embedding(input, t(weight))
+    if padding is None:
+        return rows
+    padding = padding if padding >= 0 else weight.shape[0] + padding
+    return rows.masked_fill((input == padding).unsqueeze(-1), 0.0)
+
+
+@tangent(torch.embedding, kind="linear")
+def _torch_embedding(
+    t: Terms,
+    out: Any,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    padding = None if padding_idx < 0 else padding_idx
+    return _embedding(t, out, indices, weight, padding, None, 2.0, scale_grad_by_freq)
+
+
+_CONSTANT = (
+    *("floor", "ceil", "round", "trunc", "fix", "sign", "heaviside", "floor_divide"),
+    *("zeros_like", "ones_like", "argmax", "bernoulli"),
+)
+
+
+@tangent(*forms(*_CONSTANT), _TENSOR.__floordiv__, kind="constant", by_output=True)
+def _constant(t: Terms, out: Any, *args: Any, **kwargs: Any) -> None:
+    return None

@@ -1,0 +1,237 @@
+"""Losses: by their derivatives, or written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder_func.taylor.products import total
+from secorder_func.taylor.registry import Terms, linear, tangent, written
+
+__all__: list[str] = []
+
+_OF = getattr(F._Reduction, "legacy_get_string")  # noqa: B009
+
+
+def _reduction(size_average: Any, reduce: Any, reduction: str) -> str:
+    if size_average is None and reduce is None:
+        return reduction
+    return str(_OF(size_average, reduce, emit_warning=False))
+
+
+def _reduced(each: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return each
+    return each.mean() if reduction == "mean" else each.sum()
+
+
+def _per_entry(name: str) -> Any:
+    """Register a loss of differences, given the derivative in the difference."""
+
+    def register(slope: Any) -> Any:
+        @tangent(getattr(F, name), kind="elementwise")
+        def push(
+            t: Terms,
+            out: Tensor,
+            input: Tensor,
+            target: Tensor,
+            size_average: Any = None,
+            reduce: Any = None,
+            reduction: str = "mean",
+            *args: Any,
+            **options: Any,
+        ) -> Tensor | None:
+            if reduce is False or isinstance(size_average, float) or isinstance(reduction, float):
+                raise TypeError("legacy arguments")
+            weight = options.pop("weight", None)
+            first, second = t(input), t(target)
+            change = total(first, None if second is None else -second)
+            each = change * slope(input - target, *args, **options)
+            reduction = _reduction(size_average, reduce, reduction)
+            if weight is not None:
+                raise TypeError("a weight")
+            return _reduced(each, reduction)
+
+        return slope
+
+    return register
+
+
+@_per_entry("mse_loss")
+def _square(d: Tensor) -> Tensor:
+    return 2 * d
+
+
+@_per_entry("l1_loss")
+def _absolute(d: Tensor) -> Tensor:
+    return d.sign()
+
+
+@_per_entry("smooth_l1_loss")
+def _smooth_l1(d: Tensor, beta: float = 1.0) -> Tensor:
+    return d.sign() if beta == 0 else (d / beta).clamp(-1, 1)
+
+
+@tangent(F.huber_loss, kind="elementwise")
+def _huber(
+    t: Terms,
+    out: Tensor,
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor | None:
+    if weight is not None:
+        raise TypeError("a weight")
+    first, second = t(input), t(target)
+    change = total(first, None if second is None else -second)
+    assert change is not None
+    return _reduced(change * (input - target).clamp(-delta, delta), reduction)
+
+
+linear(F.nll_loss)
+
+
+@written(F.cross_entropy)
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    reduction = _reduction(size_average, reduce, reduction)
+    dim = 0 if input.ndim == 1 else 1
+    logs = F.log_softmax(input, dim)
+    if target.is_floating_point():
+        return _of_probabilities(logs, target, weight, reduction, label_smoothing, dim)
+    loss = F.nll_loss(
+        logs, target, weight=weight, ignore_index=ignore_index, reduction=reduction
+    )
+    if not label_smoothing:
+        return loss
+    spread = logs if weight is None else logs * _along(weight, dim, logs)
+    smooth = -spread.sum(dim).masked_fill(target == ignore_index, 0.0)
+    if reduction == "sum":
+        smooth = smooth.sum()
+    elif reduction == "mean":
+        kept = target != ignore_index
+        if weight is None:
+            smooth = smooth.sum() / kept.sum()
+        else:
+            smooth = smooth.sum() / weight[target.masked_fill(~kept, 0)].masked_fill(~kept, 0).sum()
+    share = label_smoothing / input.shape[dim]
+    return (1 - label_smoothing) * loss + share * smooth
+
+
+def _along(weight: Tensor, dim: int, like: Tensor) -> Tensor:
+    return weight.reshape(-1, *[1] * (like.ndim - 1 - dim))
+
+
+def _of_probabilities(
+    logs: Tensor, target: Tensor, weight: Any, reduction: str, smoothing: float, dim: int
+) -> Tensor:
+    if smoothing:
+        target = target * (1 - smoothing) + smoothing / logs.shape[dim]
+    each = -(logs * target)
+    if weight is not None:
+        each = each * _along(weight, dim, logs)
+    if reduction == "none":
+        return each.sum(dim)
+    if reduction == "sum":
+        return each.sum()
+    return each.sum() / (logs.numel() // logs.shape[dim])
+
+
+@written(F.binary_cross_entropy_with_logits)
+def _bce_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    if target.size() != input.size():
+        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    logs = F.logsigmoid(input)
+    if pos_weight is None:
+        each = (1 - target) * input - logs
+    else:
+        each = (1 - target) * input - (1 + (pos_weight - 1) * target) * logs
+    each = each if weight is None else each * weight
+    return _reduced(each, _reduction(size_average, reduce, reduction))
+
+
+@written(F.binary_cross_entropy)
+def _bce(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if target.size() != input.size():
+        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    logs = input.log().clamp(min=-100)
+    others = (-input).log1p().clamp(min=-100)
+    each = (target - 1) * others - target * logs
+    each = each if weight is None else each * weight
+    return _reduced(each, _reduction(size_average, reduce, reduction))
+
+
+@written(F.kl_div)
+def _kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    if log_target:
+        each = target.exp() * (target - input)
+    else:
+        each = torch.xlogy(target, target) - target * input
+    if reduction == "batchmean":
+        return each.sum() / input.shape[0]
+    return _reduced(each, _reduction(size_average, reduce, reduction))
+
+
+@written(F.poisson_nll_loss)
+def _poisson_nll(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: Any = None,
+    eps: float = 1e-8,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    each = input.exp() - target * input if log_input else input - target * (input + eps).log()
+    if full:
+        stirling = target * target.log() - target + 0.5 * (2 * math.pi * target).log()
+        each = each + torch.where(target > 1, stirling, 0.0)
+    return _reduced(each, _reduction(size_average, reduce, reduction))
+
+
+@written(F.soft_margin_loss)
+def _soft_margin(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    return _reduced(-F.logsigmoid(input * target), _reduction(size_average, reduce, reduction))

@@ -1,0 +1,323 @@
+"""The evaluation of a loss in which every tensor has its first-order term.
+
+Values are computed as ever and recorded by autograd; the terms stand beside them in a table by identity. So autograd
+says of each tensor whether it must have a term: one that requires gradients and is not in the table was made behind our
+back (by a custom function, TorchScript, another thread), upon which `NotPropagatedError` is raised. What stops
+derivatives in autograd, `detach` or `no_grad`, stops them here for the same reason.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+from torch.func import vmap
+
+from secorder_func.rules.levels import requires_gradients
+from secorder_func.rules.mode import SecondOrderRules
+from secorder_func.rules.registry import REPAIRS
+from secorder_func.rules.see_through import see_through
+from secorder_func.rules.writes import writes_first
+from secorder_func.taylor.general import PROVEN, pushed_by_torch
+from secorder_func.taylor.in_place import as_out_of_place, rebind
+from secorder_func.taylor.registry import RULES, NotPropagatedError, Rule
+
+__all__ = ["Propagation"]
+
+_IN_PYTHON = (F.__name__, "torch.functional", "torch._tensor")
+"""Modules whose functions are written in Python out of others."""
+
+
+class Propagation(SecondOrderRules):
+    """The rules of second order, and beside every value its first-order term.
+
+    Parameters
+    ----------
+    pairs
+        Tensors, which require gradients, and their terms.
+    several
+        Whether the terms have a leading axis, one place for each of several vectors.
+    closed
+        Whether a function without a rule of ours ends the propagation, even if torch's is right.
+    record
+        Whether the terms are to be differentiated.
+
+    Attributes
+    ----------
+    kinds
+        The functions that a term went through -> the kind of the rule.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        several: bool = False,
+        closed: bool = False,
+        record: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.several = several
+        self.records = record
+        self._closed = closed
+        self._within = torch._C._are_functorch_transforms_active()
+        self._mapped: dict[int, Tensor] | None = None
+        self._writing: list[Any] = []
+        self._is_on = False
+        self.known: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
+        self.kinds: dict[Any, str] = {}
+        for tensor, term in pairs:
+            self.set(tensor, term)
+
+    # ------------------------------------------------------------------------------- the table
+
+    def __call__(self, x: Any, /) -> Tensor | None:
+        """Return the term of a tensor, None where it is zero."""
+        if not isinstance(x, Tensor) or not self._requires(x):
+            return None
+        known = self.known.get(id(x))
+        if known is not None and known[0]() is x:
+            if self._mapped is not None:
+                return self._mapped.get(id(x))
+            return known[1]
+        if x.is_leaf and not _functorch.is_functorch_wrapped_tensor(x):
+            return None  # a constant of the loss
+        raise NotPropagatedError(
+            "a tensor of the loss was computed where torch functions cannot be seen (a custom autograd.Function, "
+            "TorchScript, a vmap inside the loss) or before the loss"
+        )
+
+    def set(self, x: Tensor, term: Tensor | None) -> None:
+        """Remember the term of a tensor for as long as this lives."""
+        key = id(x)
+        self.known[key] = (weakref.ref(x, partial(_forget, self.known, key)), term)
+
+    def _requires(self, x: Tensor) -> bool:
+        return requires_gradients(x) if self._within else x.requires_grad
+
+    def _asks(self, value: Any) -> bool:
+        """Say whether a tensor in a value requires gradients."""
+        if isinstance(value, Tensor):
+            return self._requires(value)
+        if isinstance(value, (tuple, list)):
+            return any(map(self._asks, value))
+        if isinstance(value, dict):
+            return any(map(self._asks, value.values()))
+        return False
+
+    # --------------------------------------------------------------------------- one function
+
+    def _repaired(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before, self._is_on = self._is_on, False
+        try:
+            return self._propagated(func, args, kwargs)
+        finally:
+            self._is_on = before
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Switch the propagation on again, if it is off, for what is written out of other functions."""
+        return nullcontext() if self._is_on else self._switched_on()
+
+    @contextmanager
+    def _switched_on(self) -> Iterator[None]:
+        self._is_on = True
+        try:
+            with self:
+                yield
+        finally:
+            self._is_on = False
+
+    def _propagated(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super()._repaired(func, args, kwargs)
+        if self.hooked:
+            raise NotPropagatedError("a hook in the loss may change what is computed")
+        if writes_first(func, args, kwargs):
+            return self._write(func, args, kwargs)
+        rule = RULES.get(func)
+        if rule is not None:
+            return self._by_rule(rule, func, args, kwargs)
+        if func in REPAIRS and func not in self._writing:
+            with self._writing_out(func):
+                return REPAIRS[func].apply(self, *args, **kwargs)
+        if not self._asks((args, kwargs)):
+            return func(*args, **kwargs)
+        body = _body(func)
+        if body is not None:
+            self.kinds[func] = "written"
+            with self.on():
+                return body(*args, **kwargs)
+        return self._by_torch(func, args, kwargs)
+
+    def _by_rule(
+        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if rule.kind == "written":
+            if not self._asks((args, kwargs)):
+                return super()._repaired(func, args, kwargs)
+            self.kinds[func] = rule.kind
+            with self.on():
+                return rule.push(*args, **kwargs)
+        if rule.value is not None and self._asks((args, kwargs)):
+            pair = rule.value(*args, **kwargs)
+            self.kinds[func] = rule.kind
+            self._set_result(pair[0], self._pushed(rule, pair, args, kwargs))
+            return pair[0]
+        out = super()._repaired(func, args, kwargs)
+        if self._asks(out):
+            self.kinds[func] = rule.kind
+            self._set_result(out, self._pushed(rule, out, args, kwargs))
+        return out
+
+    def _pushed(self, rule: Rule, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the term, or terms, of an output."""
+        carried = list(self._carried((args, kwargs)))
+        if not carried:
+            return None
+        with recording_if(self.records):
+            try:
+                if not self.several:
+                    return rule.push(self, out, *args, **kwargs)
+                return self._mapping(carried, lambda: rule.push(self, out, *args, **kwargs))
+            except (NotPropagatedError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise NotPropagatedError(f"a rule does not cover its arguments: {error}") from error
+
+    def _carried(self, value: Any) -> Iterator[Tensor]:
+        """Yield the tensors in a value that have a term, each once for each time it occurs."""
+        if isinstance(value, Tensor):
+            if self(value) is not None:
+                yield value
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                yield from self._carried(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                yield from self._carried(item)
+
+    def _mapping(self, carried: list[Tensor], push: Callable[[], Any]) -> Any:
+        """Return what `push` gives for each of several terms, stacked."""
+
+        def one(*terms: Tensor) -> Any:
+            before, self._mapped = self._mapped, dict(zip(map(id, carried), terms, strict=True))
+            try:
+                return push()
+            finally:
+                self._mapped = before
+
+        return vmap(one, randomness="error")(*(self(x) for x in carried))
+
+    def _set_result(self, out: Any, term: Any) -> None:
+        if isinstance(out, Tensor):
+            if self._requires(out):
+                self.set(out, None if term is None else self._like(out, term))
+        elif isinstance(out, (tuple, list)):
+            terms = [None] * len(out) if term is None else term
+            for one, its in zip(out, terms, strict=True):
+                self._set_result(one, its)
+
+    def _like(self, out: Tensor, term: Tensor) -> Tensor:
+        """Return a term in the shape and dtype of its value."""
+        shape = out.shape
+        if self.several:
+            shape = (term.shape[0], *shape)
+            while term.ndim < len(shape):
+                term = term.unsqueeze(1)
+        if term.shape != shape:
+            term = term.expand(shape)
+        return term if term.dtype == out.dtype else term.to(out.dtype)
+
+    @contextmanager
+    def _writing_out(self, func: Any) -> Iterator[None]:
+        """Evaluate the repair of a function under the propagation, the function itself without it."""
+        self._writing.append(func)
+        try:
+            with self.on():
+                yield
+        finally:
+            self._writing.pop()
+
+    def _by_torch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Push through a function by torch's own forward rule, if a sweep proved it right."""
+        carried = list({id(x): x for x in self._carried((args, kwargs))}.values())
+        if carried and not self._closed and not self.several and func in PROVEN:
+            terms = tuple(self(x) for x in carried)
+            out, term = pushed_by_torch(func, args, kwargs, carried, terms)
+            self.kinds[func] = "general"
+            self._set_result(out, term)
+            return out
+        out = func(*args, **kwargs)
+        if self._asks(out):
+            if carried:
+                raise NotPropagatedError(f"there is no rule for {_name(func)}")
+            self._set_result(out, None)
+        return out
+
+    # --------------------------------------------------------------------------------- writes
+
+    def _write(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Evaluate a function that writes its first argument."""
+        target = args[0]
+        if not self._asks((args, kwargs)):
+            return super()._repaired(func, args, kwargs)
+        if not isinstance(target, Tensor):
+            raise NotPropagatedError(f"there is no rule for {_name(func)}, which writes to several tensors")
+        rule, pure, given, options = as_out_of_place(func, args, kwargs)
+        if rule is not None and rule.by_output:
+            before = self(target)
+            carried = before is not None or next(self._carried((given, options)), None) is not None
+            out = super()._repaired(func, args, kwargs)
+            if self._requires(target):
+                self.set(target, before)
+                self.kinds[func] = rule.kind
+                term = self._pushed(rule, target, given, options) if carried else None
+                rebind(self, target, None if term is None else self._like(target, term))
+            return out
+        old = target.clone()
+        if self._requires(old):
+            self.set(old, self(target))
+        with self.on():
+            new = pure(old, *given[1:], **options)
+        target.copy_(new)
+        rebind(self, target, self(new))
+        return target
+
+
+def recording_if(on: bool) -> AbstractContextManager[Any]:
+    """Record inside, as the caller does, or not."""
+    return nullcontext() if on else torch.no_grad()
+
+
+def _forget(known: dict[int, Any], key: int, reference: Any) -> None:
+    if key in known and known[key][0] is reference:
+        del known[key]
+
+
+@cache
+def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a Python function of torch so that the functions in it can be seen, None for any other."""
+    if isinstance(func, FunctionType) and func.__module__ in _IN_PYTHON:
+        return see_through(func)
+    return None
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__qualname__", None) or str(func)

@@ -1,0 +1,174 @@
+"""The table of rules: how the first-order term passes through a torch function.
+
+A rule is of a kind. What is linear passes the term through the function itself; for the rest the rule is a few lines
+that return the term of the output from those of the arguments:
+
+    @tangent(torch.exp, torch.Tensor.exp, kind="elementwise")
+    def _exp(t, out, input):
+        return t(input) * out
+
+`t(x)` is the term of `x`, None where it is zero. The term of an output has its shape and dtype; a rule may leave
+broadcasting and casting to the propagation. Rules see one vector: for a chunk they are mapped over its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "IN_PLACE",
+    "RULES",
+    "Kind",
+    "NotPropagatedError",
+    "Rule",
+    "Terms",
+    "forms",
+    "jointly_linear",
+    "linear",
+    "same_derivative",
+    "tangent",
+    "written",
+]
+
+Kind = Literal[
+    "linear", "bilinear", "elementwise", "symmetric", "closed", "written", "constant", "general"
+]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class NotPropagatedError(RuntimeError):
+    """A function of the loss has no rule, or hides its tensors from them."""
+
+
+class Terms(Protocol):
+    """What a rule may know: the first-order term of a tensor, None where it is zero."""
+
+    def __call__(self, x: Any, /) -> Tensor | None:
+        """Return the first-order term of `x`."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of the table.
+
+    Attributes
+    ----------
+    kind
+        What the function is.
+    push
+        `(t, out, *args, **kwargs) -> term of out`; for what is written out of other functions
+        `(*args, **kwargs) -> out`, to be evaluated under the propagation.
+    by_output
+        Whether the rule needs the output and terms only, so that the function may overwrite its argument.
+    value
+        How to evaluate the function, if what the rule needs beside the output comes with it: `(*args, **kwargs) ->
+        (out, more)`, and `push` is given this pair for `out`.
+    """
+
+    kind: Kind
+    push: Callable[..., Any]
+    by_output: bool = False
+    value: Callable[..., tuple[Any, Any]] | None = None
+
+
+RULES: dict[Any, Rule] = {}
+"""Torch function -> its rule."""
+
+IN_PLACE: dict[Any, Any] = {}
+"""Function that writes its first argument -> the function that it then is of it."""
+
+
+def forms(*names: str) -> list[Any]:
+    """Return all functions of torch with these names: functions, methods and operators that do not write."""
+    places = (torch, torch.Tensor, torch.special, torch.linalg, torch.fft, F)
+    found = [
+        getattr(place, name) for name in names for place in places if callable(getattr(place, name, None))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _register(functions: Sequence[Any], rule: Rule) -> None:
+    for function in functions:
+        RULES[function] = rule
+        name = getattr(function, "__name__", "")
+        for place in (torch, torch.Tensor, F):
+            writes = getattr(place, name + "_", None)
+            if name and not name.startswith("__") and writes is not None:
+                IN_PLACE.setdefault(writes, function)
+
+
+def tangent(
+    *functions: Any,
+    kind: Kind = "closed",
+    by_output: bool = False,
+    value: Callable[..., tuple[Any, Any]] | None = None,
+) -> Callable[[_F], _F]:
+    """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`."""
+
+    def register(push: _F) -> _F:
+        _register(functions, Rule(kind, push, by_output, value))
+        return push
+
+    return register
+
+
+def written(*functions: Any) -> Callable[[_F], _F]:
+    """Register the decorated function, which computes the same out of functions that have rules."""
+
+    def register(body: _F) -> _F:
+        _register(functions, Rule("written", body))
+        return body
+
+    return register
+
+
+def linear(*functions: Any) -> None:
+    """Register functions that are linear in their first argument, the others being constants."""
+    for function in functions:
+        _register([function], Rule("linear", _through(function), by_output=True))
+
+
+def _through(function: Any) -> Callable[..., Any]:
+    def push(t: Terms, out: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return function(t(args[0]), *args[1:], **kwargs)
+        first = next(iter(kwargs))
+        return function(**{**kwargs, first: t(kwargs[first])})
+
+    return push
+
+
+def jointly_linear(*functions: Any) -> None:
+    """Register functions that are linear in all their floating tensors together, in lists and tuples too."""
+    for function in functions:
+        _register([function], Rule("linear", _through_all(function), by_output=True))
+
+
+def _through_all(function: Any) -> Callable[..., Any]:
+    def push(t: Terms, out: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*_terms_of(t, args), **{k: _terms_of(t, v) for k, v in kwargs.items()})
+
+    return push
+
+
+def _terms_of(t: Terms, value: Any) -> Any:
+    """Return an argument with its floating tensors exchanged for their terms, zeros where these are missing."""
+    if isinstance(value, Tensor):
+        if not (value.is_floating_point() or value.is_complex()):
+            return value
+        term = t(value)
+        return torch.zeros_like(value) if term is None else term
+    if isinstance(value, (list, tuple)):
+        return type(value)(_terms_of(t, item) for item in value)
+    return value
+
+
+def same_derivative(function: Any, as_of: Any) -> None:
+    """Register a function whose rule is that of another."""
+    _register([function], RULES[as_of])

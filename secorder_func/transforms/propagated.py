@@ -1,0 +1,89 @@
+"""Products by one backward pass over our own forward propagation, `reverse_over_forward`.
+
+The loss is evaluated with the term of every tensor along the vector; that of the loss is `df(p)[v]`, and its gradient the
+product. 8/3 gradients by the count of a dense layer, and no second graph.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func.rules import evaluated
+from secorder_func.rules.torch_func import vjp_aux
+from secorder_func.taylor import NotPropagatedError, Propagation
+from secorder_func.transforms.loss import FlatLoss, Leaves
+from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording, to_differentiate
+from secorder_func.transforms.policy import in_transform
+
+__all__ = ["NotPropagatedError", "by_propagation"]
+
+
+def by_propagation(
+    loss: FlatLoss, vector: Leaves, *, closed: bool, differentiable: bool, gradient: bool = False
+) -> tuple[Leaves, Leaves, Leaves]:
+    """Return leaves of the product and of the gradient, and the tensors of the auxiliary output.
+
+    Parameters
+    ----------
+    closed
+        Whether every function of the loss must have a rule of ours.
+    differentiable
+        Whether the product is to be differentiated.
+    gradient
+        Whether to compute the gradient, by a backward pass of its own; else there are no leaves of it.
+
+    Raises
+    ------
+    NotPropagatedError
+        A function of the loss has no rule, or hides its tensors.
+    """
+    propagate = partial(_propagated, loss, vector, closed, differentiable)
+    if in_transform():
+        (slope, value), pullback, aux = vjp_aux(propagate, loss.leaves)
+        (hv,) = pullback((torch.ones_like(slope), torch.zeros_like(value)))
+        found = (
+            pullback((torch.zeros_like(slope), torch.ones_like(value)))[0] if gradient else ()
+        )
+        return hv, found, aux
+    at = to_differentiate(loss.leaves, differentiable=differentiable)
+    with recording():
+        (slope, value), aux = propagate(at)
+        found = _gradient(value, at, differentiable) if gradient else ()
+        hv = _gradient(slope, at, differentiable)
+    return hv, found, tuple(tensor.detach() for tensor in aux)
+
+
+def _gradient(value: Tensor, at: Leaves, differentiable: bool) -> Leaves:
+    if not value.requires_grad:
+        return tuple(map(torch.zeros_like, at))
+    options = {"create_graph": differentiable, "retain_graph": True}
+    found = or_zeros(gradients([value], at, **options), at)
+    return found if differentiable else tuple(leaf.detach() for leaf in found)
+
+
+def _propagated(
+    loss: FlatLoss, vector: Leaves, closed: bool, higher: bool, at: Leaves
+) -> tuple[tuple[Tensor, Tensor], Leaves]:
+    """Return the derivative of the loss along the vector, the loss, and the tensors of the auxiliary output."""
+
+    def evaluate(rules: Any) -> tuple[tuple[Tensor, Tensor], Leaves]:
+        value, aux = loss.plain(at)
+        if loss.verify is not None:
+            loss.verify(rules, value)
+        slope = rules(value)
+        return (torch.zeros_like(value) if slope is None else slope, value), aux
+
+    exchange = None if loss.originals is None else list(zip(loss.originals, at, strict=True))
+    pairs = list(zip(at, vector, strict=True))
+    return evaluated(
+        evaluate,
+        forward=False,
+        higher=higher,
+        exchange=exchange,
+        protect=at,
+        make=partial(Propagation, pairs, closed=closed),
+    )
