@@ -8,6 +8,7 @@ is differentiated. A parameter that hides from the exchange leads back to double
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +28,18 @@ from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_chunk_size
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
 from secorder_func.rules import SecondOrderRules, evaluated
+from secorder_func.taylor import NotPropagatedError
 from secorder_func.transforms.double_backward import DoubleBackward
-from secorder_func.transforms.gauss_newton import FlatModel, ggn_forward, ggn_pullbacks
+from secorder_func.transforms.gauss_newton import (
+    FlatModel,
+    ggn_forward,
+    ggn_propagated,
+    ggn_pullbacks,
+)
 from secorder_func.transforms.loss import FlatLoss, checked_scalar
 from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
-from secorder_func.transforms.policy import first_exact
+from secorder_func.transforms.policy import first_exact, in_transform
+from secorder_func.transforms.propagated import by_propagation
 
 __all__ = [
     "gauss_newton",
@@ -69,22 +77,41 @@ def hessian_product(
 ) -> Leaves:
     """Return the exact product `H v`.
 
-    By double backward, the cheapest way to a single product of a closure: 0.8 to 0.95 of the pullback of the gradient,
-    which is for several. What torch.compile made has no second derivative there, and is seen through by the pullback.
+    By a backward pass over our own forward propagation where it covers the loss, else by double backward, which is also
+    the faster where overhead is all. What torch.compile made has no second derivative there, and is seen through by
+    the pullback of the gradient.
     """
     if create_graph:
         return plain_product(func, params, where, create_graph=True)(vector)
     vector = tuple(leaf.detach() for leaf in vector)
+    routes = [
+        ("double_backward", lambda: plain_product(func, params, where)(vector)),
+        ("reverse_over_reverse", lambda: _pullback_of(func, params, where)(vector)),
+    ]
+    if sum(p.numel() for p in params) >= _LARGE and not in_transform():
+        routes.insert(0, ("reverse_over_forward", lambda: _propagated(func, params, vector, where)))
     _, product = first_exact(
-        [
-            ("double_backward", lambda: plain_product(func, params, where)(vector)),
-            ("reverse_over_reverse", lambda: _pullback_of(func, params, where)(vector)),
-        ],
+        routes,
         where=where,
         tensors=params,
         eager=_eagerly(func, params),
     )
     return tuple(leaf.detach() for leaf in product)
+
+
+_LARGE = 4096
+"""Parameters from which on a product is bound by arithmetic: below, a double backward has the least overhead."""
+
+
+def _propagated(func: Func, params: Leaves, vector: Leaves, where: str) -> Leaves:
+    """Return the product by our own forward propagation and one backward pass."""
+
+    def verify(rules: SecondOrderRules, loss: Tensor) -> None:
+        if not (rules.seen and loss.requires_grad):
+            raise NotPropagatedError("the loss does not depend on what is exchanged")
+
+    loss = replace(_bound(func, params, frozenset(), where), verify=verify)
+    return by_propagation(loss, vector, closed=True, differentiable=False)[0]
 
 
 def hessian_operator_of(
@@ -240,6 +267,10 @@ def gauss_newton(
 
         _, product = first_exact(
             [
+                (
+                    "reverse_over_forward",
+                    lambda: ggn_propagated(model, vector, closed=True, differentiable=False),
+                ),
                 ("forward_over_reverse", lambda: ggn_forward(model, vector, higher=False)),
                 ("reverse_over_reverse", reverse),
                 ("double_backward", plain),

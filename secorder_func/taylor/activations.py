@@ -81,8 +81,9 @@ def _logit(t: Terms, out: Tensor, input: Tensor, eps: float | None = None) -> An
 # ------------------------------------------------------------------------ of pieces
 
 
-def _of_pieces(term: Any, input: Tensor, negative: Any, positive: Any = 1.0) -> Any:
-    return term * torch.where(input > 0, positive, negative)
+def _of_pieces(term: Any, input: Tensor, negative: Any) -> Any:
+    """Return the term where the input is positive, elsewhere a multiple of it."""
+    return torch.where(input > 0, term, term * negative)
 
 
 @tangent(*forms("leaky_relu"), kind="elementwise")
@@ -110,7 +111,7 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804
 @tangent(*forms("selu"), kind="elementwise")
 def _selu(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
     below = torch.where(input > 0, 0.0, input)
-    return _of_pieces(t(input), input, _SELU_SCALE * _SELU_ALPHA * below.exp(), _SELU_SCALE)
+    return _SELU_SCALE * _of_pieces(t(input), input, _SELU_ALPHA * below.exp())
 
 
 @tangent(*forms("prelu"), kind="bilinear")
@@ -156,7 +157,7 @@ def _relu6(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
 
 @tangent(F.hardsigmoid, kind="elementwise")
 def _hardsigmoid(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
-    return t(input) * (((input > -3) & (input < 3)) / 6.0)
+    return t(input) * ((input > -3) & (input < 3)) / 6
 
 
 @tangent(F.hardswish, kind="elementwise")

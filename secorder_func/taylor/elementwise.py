@@ -275,13 +275,13 @@ _chosen("kthvalue")
 def _msort(t: Terms, out: Tensor, input: Tensor) -> Any:
     term = t(input)
     assert term is not None
-    return term if not term.ndim else term.gather(0, input.argsort(0, stable=True))
+    return term if not term.ndim else term.gather(0, input.sort(dim=0, stable=True)[1])
 
 
 @tangent(*forms("median", "nanmedian"), kind="closed")
 def _median(t: Terms, out: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if isinstance(out, Tensor):
-        raise TypeError("the median of all entries")
+        return _shared(t, out, input, None, False)
     dim = kwargs.get("dim", args[0] if args else -1)
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     return _taken(t(input), out[1], dim, keepdim), None
@@ -292,15 +292,27 @@ def _median(t: Terms, out: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any
 
 @tangent(*forms("clamp", "clip"), kind="elementwise")
 def _clamp(t: Terms, out: Tensor, input: Tensor, min: Any = None, max: Any = None) -> Any:
-    term = t(input)
-    if t(min) is not None or t(max) is not None:
-        raise TypeError("bounds that are differentiated")
-    inside = torch.ones_like(input, dtype=torch.bool)
-    if min is not None:
-        inside = inside & (input >= min)
-    if max is not None:
-        inside = inside & (input <= max)
-    return term * inside  # type: ignore[operator]
+    term, low, high = t(input), t(min), t(max)
+    raised = input if max is None else torch.minimum(input, _as_tensor(max, input))
+    below = None if min is None else raised < min
+    above = None if max is None else input > max
+    parts = []
+    if term is not None:
+        outside = below if above is None else above if below is None else below | above
+        if min is not None and max is not None:  # the lower bound counts first where they cross
+            outside = (input < min) | (input > max)
+        parts.append(term if outside is None else term.where(~outside, 0.0))
+    if low is not None:
+        crossed = input < min if max is None else (input < min) & ~(torch.as_tensor(min) > max)
+        parts.append(low * crossed)
+    if high is not None:
+        crossed = input > max if min is None else (input > max) | (torch.as_tensor(min) > max)
+        parts.append(high * crossed)
+    return total(*parts)
+
+
+def _as_tensor(bound: Any, like: Tensor) -> Tensor:
+    return bound if isinstance(bound, Tensor) else like.new_tensor(bound)
 
 
 @tangent(*forms("clamp_min"), kind="elementwise")

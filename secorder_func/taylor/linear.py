@@ -146,7 +146,7 @@ def _copy(t: Terms, out: Any, input: Tensor, src: Tensor, non_blocking: bool = F
     return None if term is None else term.to(input)
 
 
-@tangent(_TENSOR.zero_, _TENSOR.fill_, torch.fill, kind="linear", by_output=True)
+@tangent(*forms("zero_", "fill_", "fill", "zero"), kind="linear", by_output=True)
 def _fill(t: Terms, out: Any, input: Tensor, value: Any = 0.0) -> Tensor | None:
     return t(value)
 

@@ -204,7 +204,7 @@ def _kl_div(
     else:
         each = torch.xlogy(target, target) - target * input
     if reduction == "batchmean":
-        return each.sum() / input.shape[0]
+        return each.sum() / input.shape[0] if input.ndim else each.sum()
     return _reduced(each, _reduction(size_average, reduce, reduction))
 
 

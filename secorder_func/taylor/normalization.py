@@ -45,7 +45,7 @@ def _layer_norm_value(
     return out if bias is None else out + bias, (input, mean, rstd, unscaled)
 
 
-@tangent(F.layer_norm, torch.layer_norm, kind="symmetric", value=_layer_norm_value)
+@tangent(F.layer_norm, torch.layer_norm, kind="symmetric", value=_layer_norm_value, once=True)
 def _layer_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -112,7 +112,7 @@ def _group_norm_value(
     return _groups_value(input, num_groups, weight, bias, eps)
 
 
-@tangent(F.group_norm, torch.group_norm, kind="symmetric", value=_group_norm_value)
+@tangent(F.group_norm, torch.group_norm, kind="symmetric", value=_group_norm_value, once=True)
 def _group_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -152,7 +152,7 @@ def _instance_norm_value(
     return _groups_value(input, input.shape[1], weight, bias, eps)
 
 
-@tangent(F.instance_norm, kind="symmetric", value=_instance_norm_value)
+@tangent(F.instance_norm, kind="symmetric", value=_instance_norm_value, once=True)
 def _instance_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -190,7 +190,7 @@ def _batch_norm_value(
     return out if bias is None else out + _channels(bias, input.ndim), (mean, rstd, unscaled)
 
 
-@tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value)
+@tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value, once=True)
 def _batch_norm(
     t: Terms,
     pair: tuple[Tensor, Any],

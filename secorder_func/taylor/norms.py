@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secorder_func.taylor.registry import Terms, forms, tangent, written
+from secorder_func.taylor.registry import NotCoveredError, Terms, forms, tangent, written
 
 __all__: list[str] = []
 
@@ -35,10 +35,12 @@ def _vector_norm(
     *,
     dtype: Any = None,
 ) -> Any:
-    if x.is_complex() or dtype is not None:
-        raise TypeError("complex entries, or another dtype")
+    if x.is_complex():
+        raise NotCoveredError("a norm of complex entries")
     term = t(x)
     assert term is not None
+    if dtype is not None:
+        x, term = x.to(dtype), term.to(dtype)
     size = _unsqueezed(out, x, dim, keepdim)
     if ord == 2:
         slope = torch.where(size == 0, 0.0, x / torch.where(size == 0, 1.0, size))
@@ -54,7 +56,9 @@ def _vector_norm(
         ratio = torch.where(size == 0, 0.0, x / torch.where(size == 0, 1.0, size))
         slope = ratio * ratio.abs().pow(ord - 2)
     else:
-        raise TypeError("a norm whose derivatives have poles")
+        still = x == 0
+        ratio = torch.where(still, 1.0, x) / torch.where(size == 0, 1.0, size)
+        slope = torch.where(still, 0.0, ratio.sgn() * ratio.abs().pow(ord - 1))
     product = term * slope
     if not x.ndim:
         return product
@@ -82,7 +86,7 @@ def _norm(
     input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
 ) -> Tensor:
     if out is not None or p == "nuc":
-        raise TypeError("out, or the nuclear norm")
+        raise NotCoveredError("the nuclear norm, or out=")
     order = 2 if p in ("fro", None) else p
     return torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
 

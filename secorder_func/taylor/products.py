@@ -124,12 +124,14 @@ def _bilinear(product: Callable[..., Tensor], *functions: Any) -> None:
 
 
 for _name in (
-    *("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "kron", "tensordot"),
+    *("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "kron"),
     *("cross", "vecdot"),
 ):
     for _function in forms(_name):
         _bilinear(_function, _function)
 _bilinear(torch.matmul, _TENSOR.__matmul__)
+_tensordot: Any = torch._C._VariableFunctions.tensordot  # type: ignore[attr-defined]
+_bilinear(_tensordot, _tensordot)
 
 
 @tangent(_TENSOR.__rmatmul__, kind="bilinear")

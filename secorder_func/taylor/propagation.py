@@ -28,7 +28,7 @@ from secorder_func.rules.see_through import see_through
 from secorder_func.rules.writes import writes_first
 from secorder_func.taylor.general import PROVEN, pushed_by_torch
 from secorder_func.taylor.in_place import as_out_of_place, rebind
-from secorder_func.taylor.registry import RULES, NotPropagatedError, Rule
+from secorder_func.taylor.registry import RULES, NotCoveredError, NotPropagatedError, Rule
 
 __all__ = ["Propagation"]
 
@@ -68,7 +68,7 @@ class Propagation(SecondOrderRules):
         super().__init__(**options)
         self.several = several
         self.records = record
-        self._closed = closed
+        self._closed = closed or self.higher  # torch's own rules were proved right for second derivatives
         self._within = torch._C._are_functorch_transforms_active()
         self._mapped: dict[int, Tensor] | None = None
         self._writing: list[Any] = []
@@ -145,20 +145,25 @@ class Propagation(SecondOrderRules):
             return super()._repaired(func, args, kwargs)
         if self.hooked:
             raise NotPropagatedError("a hook in the loss may change what is computed")
+        if func is torch.autograd.grad:
+            raise NotPropagatedError("the loss takes a gradient itself")
         if writes_first(func, args, kwargs):
             return self._write(func, args, kwargs)
         rule = RULES.get(func)
-        if rule is not None:
-            return self._by_rule(rule, func, args, kwargs)
+        if rule is not None and not (self.higher and rule.once):
+            try:
+                return self._by_rule(rule, func, args, kwargs)
+            except NotCoveredError:
+                if self._closed:
+                    raise
+                return self._by_torch(func, args, kwargs)
         if func in REPAIRS and func not in self._writing:
             with self._writing_out(func):
                 return REPAIRS[func].apply(self, *args, **kwargs)
-        if not self._asks((args, kwargs)):
-            return func(*args, **kwargs)
         body = _body(func)
-        if body is not None:
+        if body is not None and body not in self._writing and self._asks((args, kwargs)):
             self.kinds[func] = "written"
-            with self.on():
+            with self._writing_out(body):
                 return body(*args, **kwargs)
         return self._by_torch(func, args, kwargs)
 
@@ -195,7 +200,7 @@ class Propagation(SecondOrderRules):
             except (NotPropagatedError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise NotPropagatedError(f"a rule does not cover its arguments: {error}") from error
+                raise NotCoveredError(f"a rule does not cover its arguments: {error}") from error
 
     def _carried(self, value: Any) -> Iterator[Tensor]:
         """Yield the tensors in a value that have a term, each once for each time it occurs."""
@@ -255,6 +260,8 @@ class Propagation(SecondOrderRules):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Push through a function by torch's own forward rule, if a sweep proved it right."""
+        if not self._asks((args, kwargs)):
+            return func(*args, **kwargs)
         carried = list({id(x): x for x in self._carried((args, kwargs))}.values())
         if carried and not self._closed and not self.several and func in PROVEN:
             terms = tuple(self(x) for x in carried)

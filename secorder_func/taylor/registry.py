@@ -25,6 +25,7 @@ __all__ = [
     "IN_PLACE",
     "RULES",
     "Kind",
+    "NotCoveredError",
     "NotPropagatedError",
     "Rule",
     "Terms",
@@ -44,6 +45,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 class NotPropagatedError(RuntimeError):
     """A function of the loss has no rule, or hides its tensors from them."""
+
+
+class NotCoveredError(NotPropagatedError):
+    """A rule does not cover the arguments that it was given."""
 
 
 class Terms(Protocol):
@@ -69,13 +74,19 @@ class Rule:
     value
         How to evaluate the function, if what the rule needs beside the output comes with it: `(*args, **kwargs) ->
         (out, more)`, and `push` is given this pair for `out`.
+    once
+        Whether the term may be differentiated only once; beyond, the function is written out by its repair.
     """
 
     kind: Kind
     push: Callable[..., Any]
     by_output: bool = False
     value: Callable[..., tuple[Any, Any]] | None = None
+    once: bool = False
 
+
+_BELOW = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg)
+"""Where functions written in Python find those that they call."""
 
 RULES: dict[Any, Rule] = {}
 """Torch function -> its rule."""
@@ -86,7 +97,7 @@ IN_PLACE: dict[Any, Any] = {}
 
 def forms(*names: str) -> list[Any]:
     """Return all functions of torch with these names: functions, methods and operators that do not write."""
-    places = (torch, torch.Tensor, torch.special, torch.linalg, torch.fft, F)
+    places = (torch, torch.Tensor, torch.special, torch.linalg, F, *_BELOW)
     found = [
         getattr(place, name) for name in names for place in places if callable(getattr(place, name, None))
     ]
@@ -108,11 +119,12 @@ def tangent(
     kind: Kind = "closed",
     by_output: bool = False,
     value: Callable[..., tuple[Any, Any]] | None = None,
+    once: bool = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`."""
 
     def register(push: _F) -> _F:
-        _register(functions, Rule(kind, push, by_output, value))
+        _register(functions, Rule(kind, push, by_output, value, once))
         return push
 
     return register
@@ -135,11 +147,16 @@ def linear(*functions: Any) -> None:
 
 
 def _through(function: Any) -> Callable[..., Any]:
+    like_another = getattr(function, "__name__", "").endswith("_as")
+
     def push(t: Terms, out: Any, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return function(t(args[0]), *args[1:], **kwargs)
-        first = next(iter(kwargs))
-        return function(**{**kwargs, first: t(kwargs[first])})
+        if not args:
+            raise NotCoveredError("arguments by name only")
+        for other in (*args[1:], *kwargs.values()):
+            if isinstance(other, Tensor) and not like_another and t(other) is not None:
+                raise NotCoveredError("it is not linear in both")
+        term = t(args[0])
+        return None if term is None else function(term, *args[1:], **kwargs)
 
     return push
 

@@ -16,17 +16,20 @@ from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.rules.torch_func import forward_mode_lock, grad, jvp, jvp_aux, vjp, vjp_aux
+from secorder_func.taylor import Propagation
 from secorder_func.transforms.finite import refuse_non_finite, require_values
-from secorder_func.transforms.loss import Leaves, checked_scalar
-from secorder_func.transforms.plain_autograd import to_differentiate
+from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar
+from secorder_func.transforms.plain_autograd import paired, pull, recording, to_differentiate
 from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,
     first_exact,
+    in_transform,
     refuse_third_derivatives,
     routes_for,
 )
+from secorder_func.transforms.propagated import by_propagation, refuse_forward_mode
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "flat_model",
     "ggn_double_backward",
     "ggn_forward",
+    "ggn_propagated",
     "ggn_pullbacks",
     "ggnvp",
 ]
@@ -100,6 +104,8 @@ def ggnvp(
         def compute(route: Mode) -> Leaves:
             if route == "double_backward":
                 return ggn_double_backward(model, differentiable=outside)(vector)
+            if route == "reverse_over_forward":
+                return ggn_propagated(model, vector, closed=mode == "auto", differentiable=outside)
             if route == "forward_over_reverse":
                 return ggn_forward(model, vector, higher=outside)
             apply = ggn_pullbacks(model, higher=outside)
@@ -145,30 +151,40 @@ class FlatModel:
         """Return leaves -> (differentiable tensors of the outputs, the other tensors), under the rules."""
 
         def outputs(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            exchange = (
-                None if self.originals is None else list(zip(self.originals, leaves, strict=True))
-            )
-
-            def evaluate(rules: SecondOrderRules) -> tuple[Leaves, Leaves]:
-                smooth, others = self._split(self.model(leaves))
-                if self.verify is not None:
-                    self.verify(rules, *smooth)
-                return smooth, others
-
             return evaluated(
-                evaluate, forward=forward, higher=higher, exchange=exchange, protect=leaves
+                lambda rules: self.plain_outputs(rules, leaves),
+                forward=forward,
+                higher=higher,
+                exchange=self.exchange(leaves),
+                protect=leaves,
             )
 
         return outputs
 
-    def loss_at(self, others: Leaves, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
-        """Return differentiable tensors of the outputs -> loss, under the rules."""
+    def exchange(self, leaves: Leaves) -> list[tuple[Tensor, Tensor]] | None:
+        """Return the pairs to exchange by identity in a closure."""
+        return None if self.originals is None else list(zip(self.originals, leaves, strict=True))
+
+    def plain_outputs(self, rules: SecondOrderRules, leaves: Leaves) -> tuple[Leaves, Leaves]:
+        """Return differentiable tensors of the outputs and the other tensors, under the rules that are in force."""
+        smooth, others = self._split(self.model(leaves))
+        if self.verify is not None:
+            self.verify(rules, *smooth)
+        return smooth, others
+
+    def loss_of(self, others: Leaves) -> Callable[[Leaves], Any]:
+        """Return differentiable tensors of the outputs -> what the user's loss returns."""
         assemble = self._assemble
         assert assemble is not None
+        return lambda smooth: self.loss(assemble(smooth, others))
+
+    def loss_at(self, others: Leaves, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
+        """Return differentiable tensors of the outputs -> loss, under the rules."""
+        loss_of = self.loss_of(others)
 
         def loss(smooth: Leaves) -> Tensor:
             def evaluate(rules: SecondOrderRules) -> Tensor:
-                return checked_scalar(self.loss(assemble(smooth, others)), self.where)
+                return checked_scalar(loss_of(smooth), self.where)
 
             return evaluated(evaluate, forward=forward, higher=higher)
 
@@ -234,6 +250,60 @@ def ggn_forward(model: FlatModel, vector: Leaves, *, higher: bool) -> Leaves:
     with torch.set_grad_enabled(higher or differentiated_outside(vector)):
         result: Leaves = pullback(cotangents)[0]
     return result
+
+
+def ggn_propagated(
+    model: FlatModel, vector: Leaves, *, closed: bool, differentiable: bool
+) -> Leaves:
+    """Return the product with `J v` by forward propagation, beside the one evaluation of the model.
+
+    The terms are not recorded unless they are to be differentiated: two products of matrices a layer, beside the
+    three of a gradient.
+    """
+    refuse_forward_mode()
+
+    def outputs_and_terms(at: Leaves) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+        def evaluate(rules: Any) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+            smooth, others = model.plain_outputs(rules, at)
+            found = [rules(z) for z in smooth]
+            terms = tuple(
+                torch.zeros_like(z) if term is None else term
+                for z, term in zip(smooth, found, strict=True)
+            )
+            return smooth, (terms, others)
+
+        pairs = list(zip(at, vector, strict=True))
+        return evaluated(
+            evaluate,
+            forward=False,
+            higher=differentiable,
+            exchange=model.exchange(at),
+            protect=at,
+            make=partial(Propagation, pairs, closed=closed, record=differentiable),
+        )
+
+    if in_transform():
+        outputs, pullback, (terms, others) = vjp_aux(outputs_and_terms, model.leaves)
+        result: Leaves = pullback(_bent(model, outputs, terms, others, closed, differentiable))[0]
+        return result
+    at = to_differentiate(model.leaves, differentiable=differentiable)
+    with recording():
+        outputs, (terms, others) = outputs_and_terms(at)
+        bent = _bent(model, outputs, terms, others, closed, differentiable)
+        return pull(paired(outputs, bent), at, create_graph=differentiable)
+
+
+def _bent(
+    model: FlatModel,
+    outputs: Leaves,
+    terms: Leaves,
+    others: Leaves,
+    closed: bool,
+    differentiable: bool,
+) -> Leaves:
+    """Return the product of the loss's Hessian in the outputs with their terms."""
+    loss = FlatLoss(model.loss_of(others), outputs, tuple, False, model.where)
+    return by_propagation(loss, terms, closed=closed, differentiable=differentiable)[0]
 
 
 def ggn_pullbacks(model: FlatModel, *, higher: bool) -> Callable[[Leaves], Leaves]:

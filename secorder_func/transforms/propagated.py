@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from secorder_func.rules import evaluated
+from secorder_func.rules.levels import JVP, differentiating_levels
 from secorder_func.rules.torch_func import vjp_aux
 from secorder_func.taylor import NotPropagatedError, Propagation
 from secorder_func.transforms.loss import FlatLoss, Leaves
 from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording, to_differentiate
 from secorder_func.transforms.policy import in_transform
 
-__all__ = ["NotPropagatedError", "by_propagation"]
+__all__ = ["by_propagation", "refuse_forward_mode"]
 
 
 def by_propagation(
@@ -41,6 +42,7 @@ def by_propagation(
     NotPropagatedError
         A function of the loss has no rule, or hides its tensors.
     """
+    refuse_forward_mode()
     propagate = partial(_propagated, loss, vector, closed, differentiable)
     if in_transform():
         (slope, value), pullback, aux = vjp_aux(propagate, loss.leaves)
@@ -55,6 +57,12 @@ def by_propagation(
         found = _gradient(value, at, differentiable) if gradient else ()
         hv = _gradient(slope, at, differentiable)
     return hv, found, tuple(tensor.detach() for tensor in aux)
+
+
+def refuse_forward_mode() -> None:
+    """Leave products that are differentiated in forward mode to other routes."""
+    if JVP in differentiating_levels():
+        raise NotPropagatedError("the product is differentiated in forward mode")
 
 
 def _gradient(value: Tensor, at: Leaves, differentiable: bool) -> Leaves:

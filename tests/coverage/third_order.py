@@ -246,6 +246,8 @@ ROUTES: dict[str, Route] = {
     "jvp of hvp": _jvp_of_product("auto"),
     "grad of forward hvp": _gradient_of_product("forward_over_reverse"),
     "jvp of forward hvp": _jvp_of_product("forward_over_reverse"),
+    "grad of propagated hvp": _gradient_of_product("reverse_over_forward"),
+    "jvp of propagated hvp": _jvp_of_product("reverse_over_forward"),
     "autograd of hvp": _autograd_of_product,
     "grad of operator": _gradient_of_operator,
     "compat create_graph": _compat_create_graph,
