@@ -54,7 +54,7 @@ jointly_linear(
     *forms("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack"),
     *forms("column_stack", "block_diag", "atleast_1d", "atleast_2d", "atleast_3d", "meshgrid"),
     *forms("broadcast_tensors", "diagonal_scatter", "select_scatter", "slice_scatter"),
-    *forms("masked_scatter", "index_copy"),
+    *forms("masked_scatter", "index_copy", "complex"),
     torch.as_strided_scatter,
     _TENSOR.as_strided_scatter,
 )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.taylor.products import total
-from secorder_func.taylor.registry import Terms, tangent, written
+from secorder_func.taylor.registry import Terms, tangent, written, written_by_repair
 
 __all__: list[str] = []
 
@@ -45,7 +45,7 @@ def _layer_norm_value(
     return out if bias is None else out + bias, (input, mean, rstd, unscaled)
 
 
-@tangent(F.layer_norm, torch.layer_norm, kind="symmetric", value=_layer_norm_value, once=True)
+@tangent(F.layer_norm, torch.layer_norm, kind="symmetric", value=_layer_norm_value, beyond=written_by_repair)
 def _layer_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -112,7 +112,21 @@ def _group_norm_value(
     return _groups_value(input, num_groups, weight, bias, eps)
 
 
-@tangent(F.group_norm, torch.group_norm, kind="symmetric", value=_group_norm_value, once=True)
+def _group_norm_written(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *unused: Any,
+) -> Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    out = F.layer_norm(grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
+    out = out if weight is None else out * _channels(weight, input.ndim)
+    return out if bias is None else out + _channels(bias, input.ndim)
+
+
+@tangent(F.group_norm, torch.group_norm, kind="symmetric", value=_group_norm_value, beyond=_group_norm_written)
 def _group_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -152,7 +166,7 @@ def _instance_norm_value(
     return _groups_value(input, input.shape[1], weight, bias, eps)
 
 
-@tangent(F.instance_norm, kind="symmetric", value=_instance_norm_value, once=True)
+@tangent(F.instance_norm, kind="symmetric", value=_instance_norm_value, beyond=written_by_repair)
 def _instance_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -190,7 +204,7 @@ def _batch_norm_value(
     return out if bias is None else out + _channels(bias, input.ndim), (mean, rstd, unscaled)
 
 
-@tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value, once=True)
+@tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value, beyond=written_by_repair)
 def _batch_norm(
     t: Terms,
     pair: tuple[Tensor, Any],

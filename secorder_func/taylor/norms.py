@@ -91,6 +91,14 @@ def _norm(
     return torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
 
 
+@written(torch.norm_except_dim)
+def _norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
+    if dim == -1:
+        return torch.linalg.vector_norm(v, pow)
+    others = tuple(d for d in range(v.ndim) if d != dim % v.ndim)
+    return torch.linalg.vector_norm(v, pow, others, True)
+
+
 @written(*forms("dist"))
 def _dist(input: Tensor, other: Tensor, p: Any = 2) -> Tensor:
     return torch.linalg.vector_norm(input - other, p)

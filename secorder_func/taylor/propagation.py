@@ -28,7 +28,7 @@ from secorder_func.rules.see_through import see_through
 from secorder_func.rules.writes import writes_first
 from secorder_func.taylor.general import PROVEN, pushed_by_torch
 from secorder_func.taylor.in_place import as_out_of_place, rebind
-from secorder_func.taylor.registry import RULES, NotCoveredError, NotPropagatedError, Rule
+from secorder_func.taylor.registry import RULES, NotCoveredError, NotPropagatedError, Rule, written_by_repair
 
 __all__ = ["Propagation"]
 
@@ -54,6 +54,8 @@ class Propagation(SecondOrderRules):
     ----------
     kinds
         The functions that a term went through -> the kind of the rule.
+    constants
+        By their ids, captured tensors that require gradients though they have no term.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Propagation(SecondOrderRules):
         self._is_on = False
         self.known: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
         self.kinds: dict[Any, str] = {}
+        self.constants: dict[int, Tensor] = {}
         for tensor, term in pairs:
             self.set(tensor, term)
 
@@ -90,7 +93,8 @@ class Propagation(SecondOrderRules):
                 return self._mapped.get(id(x))
             return known[1]
         if x.is_leaf and not _functorch.is_functorch_wrapped_tensor(x):
-            return None  # a constant of the loss
+            self.constants[id(x)] = x
+            return None
         raise NotPropagatedError(
             "a tensor of the loss was computed where torch functions cannot be seen (a custom autograd.Function, "
             "TorchScript, a vmap inside the loss) or before the loss"
@@ -150,7 +154,9 @@ class Propagation(SecondOrderRules):
         if writes_first(func, args, kwargs):
             return self._write(func, args, kwargs)
         rule = RULES.get(func)
-        if rule is not None and not (self.higher and rule.once):
+        if rule is not None and rule.beyond is not None and self.higher:
+            rule = None if rule.beyond is written_by_repair else Rule("written", rule.beyond)
+        if rule is not None:
             try:
                 return self._by_rule(rule, func, args, kwargs)
             except NotCoveredError:

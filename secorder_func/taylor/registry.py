@@ -35,6 +35,7 @@ __all__ = [
     "same_derivative",
     "tangent",
     "written",
+    "written_by_repair",
 ]
 
 Kind = Literal[
@@ -49,6 +50,11 @@ class NotPropagatedError(RuntimeError):
 
 class NotCoveredError(NotPropagatedError):
     """A rule does not cover the arguments that it was given."""
+
+
+def written_by_repair(*args: Any, **kwargs: Any) -> Any:
+    """Stand for what the rules of second order write a function out of."""
+    raise NotImplementedError
 
 
 class Terms(Protocol):
@@ -74,15 +80,15 @@ class Rule:
     value
         How to evaluate the function, if what the rule needs beside the output comes with it: `(*args, **kwargs) ->
         (out, more)`, and `push` is given this pair for `out`.
-    once
-        Whether the term may be differentiated only once; beyond, the function is written out by its repair.
+    beyond
+        What to evaluate under the propagation where the term is differentiated more than once, if it may not be.
     """
 
     kind: Kind
     push: Callable[..., Any]
     by_output: bool = False
     value: Callable[..., tuple[Any, Any]] | None = None
-    once: bool = False
+    beyond: Callable[..., Any] | None = None
 
 
 _BELOW = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg)
@@ -119,12 +125,12 @@ def tangent(
     kind: Kind = "closed",
     by_output: bool = False,
     value: Callable[..., tuple[Any, Any]] | None = None,
-    once: bool = False,
+    beyond: Callable[..., Any] | None = None,
 ) -> Callable[[_F], _F]:
     """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`."""
 
     def register(push: _F) -> _F:
-        _register(functions, Rule(kind, push, by_output, value, once))
+        _register(functions, Rule(kind, push, by_output, value, beyond))
         return push
 
     return register

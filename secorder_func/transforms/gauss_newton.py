@@ -29,7 +29,11 @@ from secorder_func.transforms.policy import (
     refuse_third_derivatives,
     routes_for,
 )
-from secorder_func.transforms.propagated import by_propagation, refuse_forward_mode
+from secorder_func.transforms.propagated import (
+    by_propagation,
+    refuse_forward_mode,
+    with_constants,
+)
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = [
@@ -261,11 +265,13 @@ def ggn_propagated(
     three of a gradient.
     """
     refuse_forward_mode()
+    constants: dict[int, Tensor] = {}
 
     def outputs_and_terms(at: Leaves) -> tuple[Leaves, tuple[Leaves, Leaves]]:
         def evaluate(rules: Any) -> tuple[Leaves, tuple[Leaves, Leaves]]:
             smooth, others = model.plain_outputs(rules, at)
             found = [rules(z) for z in smooth]
+            constants.update(rules.constants)
             terms = tuple(
                 torch.zeros_like(z) if term is None else term
                 for z, term in zip(smooth, found, strict=True)
@@ -287,10 +293,11 @@ def ggn_propagated(
         result: Leaves = pullback(_bent(model, outputs, terms, others, closed, differentiable))[0]
         return result
     at = to_differentiate(model.leaves, differentiable=differentiable)
-    with recording():
+    with forward_mode_lock(), recording():
         outputs, (terms, others) = outputs_and_terms(at)
         bent = _bent(model, outputs, terms, others, closed, differentiable)
-        return pull(paired(outputs, bent), at, create_graph=differentiable)
+        result = pull(paired(outputs, bent), at, create_graph=differentiable)
+    return with_constants(result, constants.values())
 
 
 def _bent(

@@ -6,6 +6,7 @@ product. 8/3 gradients by the count of a dense layer, and no second graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from secorder_func.rules import evaluated
 from secorder_func.rules.levels import JVP, differentiating_levels
-from secorder_func.rules.torch_func import vjp_aux
+from secorder_func.rules.torch_func import forward_mode_lock, vjp_aux
 from secorder_func.taylor import NotPropagatedError, Propagation
 from secorder_func.transforms.loss import FlatLoss, Leaves
 from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording, to_differentiate
 from secorder_func.transforms.policy import in_transform
 
-__all__ = ["by_propagation", "refuse_forward_mode"]
+__all__ = ["by_propagation", "refuse_forward_mode", "with_constants"]
 
 
 def by_propagation(
@@ -43,7 +44,8 @@ def by_propagation(
         A function of the loss has no rule, or hides its tensors.
     """
     refuse_forward_mode()
-    propagate = partial(_propagated, loss, vector, closed, differentiable)
+    constants: dict[int, Tensor] = {}
+    propagate = partial(_propagated, loss, vector, closed, differentiable, constants)
     if in_transform():
         (slope, value), pullback, aux = vjp_aux(propagate, loss.leaves)
         (hv,) = pullback((torch.ones_like(slope), torch.zeros_like(value)))
@@ -52,11 +54,33 @@ def by_propagation(
         )
         return hv, found, aux
     at = to_differentiate(loss.leaves, differentiable=differentiable)
-    with recording():
+    with forward_mode_lock(), recording():
         (slope, value), aux = propagate(at)
         found = _gradient(value, at, differentiable) if gradient else ()
         hv = _gradient(slope, at, differentiable)
+    hv = with_constants(hv, constants.values())
     return hv, found, tuple(tensor.detach() for tensor in aux)
+
+
+class _DependsOn(torch.autograd.Function):
+    """A result that depends on captured tensors, in which it is not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *captured: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise RuntimeError("a product cannot be differentiated in a tensor that the function captures")
+
+
+def with_constants(leaves: Leaves, constants: Iterable[Tensor]) -> Leaves:
+    """Return a result that says, if it is differentiated in constants of the loss, that it cannot be."""
+    captured = tuple(constants)
+    if not (captured and torch.is_grad_enabled()):
+        return leaves
+    attached: Any = _DependsOn.apply
+    return tuple(attached(leaf, *captured) for leaf in leaves)
 
 
 def refuse_forward_mode() -> None:
@@ -74,7 +98,12 @@ def _gradient(value: Tensor, at: Leaves, differentiable: bool) -> Leaves:
 
 
 def _propagated(
-    loss: FlatLoss, vector: Leaves, closed: bool, higher: bool, at: Leaves
+    loss: FlatLoss,
+    vector: Leaves,
+    closed: bool,
+    higher: bool,
+    constants: dict[int, Tensor],
+    at: Leaves,
 ) -> tuple[tuple[Tensor, Tensor], Leaves]:
     """Return the derivative of the loss along the vector, the loss, and the tensors of the auxiliary output."""
 
@@ -83,6 +112,7 @@ def _propagated(
         if loss.verify is not None:
             loss.verify(rules, value)
         slope = rules(value)
+        constants.update(rules.constants)
         return (torch.zeros_like(value) if slope is None else slope, value), aux
 
     exchange = None if loss.originals is None else list(zip(loss.originals, at, strict=True))

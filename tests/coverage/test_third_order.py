@@ -26,7 +26,7 @@ from secorder_func.rules import wrong_third
 from tests import oracles
 from tests.coverage.problems import Problem, module_problems, operator_problems
 from tests.coverage.reference import direction, flat
-from tests.coverage.third_order import RAW, ROUTES, smooth_direction, third_truth_of, verdict
+from tests.coverage.third_order import PROPAGATED, RAW, ROUTES, smooth_direction, third_truth_of, verdict
 
 _g = torch.Generator().manual_seed(0)
 INF = float("inf")
@@ -295,6 +295,32 @@ def test_every_composition_is_right_or_refuses_by_name(name: str) -> None:
     assert all(case.named in found[key] for key in refusing), found
 
 
+NO_RULE = {
+    *("eig", "eigh", "eigvals", "eigvalsh", "_safe_softmax", "_native_batch_norm_legit"),
+    *("det", "det in forward mode", "slogdet", "slogdet method", "renorm"),
+    *("slogdet of complex matrices", "logdet of a batch", "solve", "solve for a vector"),
+    *("solve for a batch of vectors", "solve from the right", "solve_ex", "tensorsolve"),
+    *("tensorsolve with axes", "householder_product", "prod with a zero", "cumprod with zeros"),
+    *("prod along an axis with zeros", "sgn", "i1 at zero", "i0 next to zero", "sinc at zero"),
+    *("det of a singular matrix", "convolution with output_padding", "cholesky", "inverse"),
+    *("svdvals", "pinv", "matrix_exp"),
+}
+"""Cases whose function has no rule of ours, so that a product by propagation is not differentiated."""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_product_by_propagation_is_differentiated_rightly_or_refused(name: str) -> None:
+    problem = ALL[name].problem(name)
+    u, v = _directions(problem)
+    truth = third_truth_of(problem, u, v)
+    found = {key: verdict(route, problem, truth, u, v) for key, route in PROPAGATED.items()}
+    assert found["jvp of propagated hvp"].startswith("refused")
+    if name in NO_RULE:
+        assert found["grad of propagated hvp"].startswith("refused")
+    else:
+        assert found["grad of propagated hvp"] == "right"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name, case in ALL.items() if case.wrong])
 def test_torch_alone_is_silently_wrong(name: str) -> None:
@@ -498,7 +524,7 @@ def test_every_module_and_operator_is_right_or_refused(group: int) -> None:
                     bad.append(f"{problem.name}: no truth, {truth.why}")
                 continue
             decided += 1
-            for key, route in ROUTES.items():
+            for key, route in {**ROUTES, **PROPAGATED}.items():
                 says = verdict(route, problem, truth, u, v)
                 refused = says.startswith("refused") and (
                     subject in EVERYWHERE or key not in BY_REVERSE

@@ -246,8 +246,6 @@ ROUTES: dict[str, Route] = {
     "jvp of hvp": _jvp_of_product("auto"),
     "grad of forward hvp": _gradient_of_product("forward_over_reverse"),
     "jvp of forward hvp": _jvp_of_product("forward_over_reverse"),
-    "grad of propagated hvp": _gradient_of_product("reverse_over_forward"),
-    "jvp of propagated hvp": _jvp_of_product("reverse_over_forward"),
     "autograd of hvp": _autograd_of_product,
     "grad of operator": _gradient_of_operator,
     "compat create_graph": _compat_create_graph,
@@ -260,6 +258,12 @@ ROUTES: dict[str, Route] = {
     "reverse hvp of jvp": _product_of(inner_jvp, "reverse_over_reverse"),
 }
 """Name -> a composition that the library offers."""
+
+PROPAGATED: dict[str, Route] = {
+    "grad of propagated hvp": _gradient_of_product("reverse_over_forward"),
+    "jvp of propagated hvp": _jvp_of_product("reverse_over_forward"),
+}
+"""The same for a product by our own propagation: the second is always refused, the first where a rule is missing."""
 
 
 def verdict(route: Route, problem: Problem, truth: ThirdTruth, u: Tree, v: Tree) -> str:

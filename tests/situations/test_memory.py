@@ -112,8 +112,11 @@ def test_an_expanded_parameter_is_differentiated_entry_by_entry(product: Any) ->
 
 def test_an_expanded_parameter_costs_the_transform_a_fallback_that_it_admits() -> None:
     p = torch.randn(4, 1).double().expand(4, 6)
+    without_rule = lambda p: _cubic(p.cumprod(0))  # noqa: E731
+    v = torch.randn(4, 6).double()
     with pytest.warns(CurvatureFallbackWarning, match="single memory location"):
-        hvp(_cubic)(p, torch.randn(4, 6).double())
+        hv = hvp(without_rule)(p, v)
+    oracles.assert_same(hv, oracles.hvp(without_rule, p.contiguous(), v))
 
 
 def test_parameters_that_overlap_in_memory_are_independent_variables() -> None:

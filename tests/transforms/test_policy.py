@@ -30,8 +30,13 @@ def test_a_named_mode_is_the_only_route(mode: Any, outside: bool) -> None:
     assert routes_for(mode, outside=outside) == (mode,)
 
 
-def test_auto_tries_forward_over_reverse_first() -> None:
-    routes = ("forward_over_reverse", "reverse_over_reverse", "double_backward")
+def test_auto_tries_propagation_first_then_forward_over_reverse() -> None:
+    routes = (
+        "reverse_over_forward",
+        "forward_over_reverse",
+        "reverse_over_reverse",
+        "double_backward",
+    )
     assert routes_for("auto", outside=False) == routes
 
 
@@ -42,7 +47,7 @@ def test_auto_takes_reverse_over_reverse_where_the_product_is_differentiated() -
 def test_double_backward_is_no_route_inside_a_transform() -> None:
     seen: list[Any] = []
     torch.func.vmap(lambda p: seen.append(routes_for("auto", outside=False)) or p)(torch.ones(2))
-    assert seen == [("forward_over_reverse", "reverse_over_reverse")]
+    assert seen == [("reverse_over_forward", "forward_over_reverse", "reverse_over_reverse")]
 
 
 def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
