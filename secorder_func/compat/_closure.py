@@ -28,6 +28,7 @@ from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_chunk_size
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
 from secorder_func.rules import SecondOrderRules, evaluated
+from secorder_func.rules.randomness import RandomState
 from secorder_func.taylor import NotPropagatedError
 from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.gauss_newton import (
@@ -37,6 +38,7 @@ from secorder_func.transforms.gauss_newton import (
     ggn_pullbacks,
 )
 from secorder_func.transforms.loss import FlatLoss, checked_scalar
+from secorder_func.transforms.plain_autograd import recording
 from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import first_exact, in_transform
 from secorder_func.transforms.propagated import by_propagation
@@ -218,9 +220,22 @@ def plain_product(
         return loss
 
     product = DoubleBackward(evaluate, params, create_graph=create_graph)
-    if not product.seen and all(g is None for g in product.gradient):
+    if all(g is None for g in product.gradient) and not _are_used(func, params):
         raise no_dependence(where)
     return product
+
+
+def _are_used(func: Func, params: Leaves) -> bool:
+    """Say whether a torch function of the closure is given one of the parameters."""
+
+    def evaluate(rules: SecondOrderRules) -> bool:
+        func()
+        return bool(rules.seen)
+
+    with RandomState.now(params).replayed(), recording():
+        return evaluated(
+            evaluate, forward=False, higher=False, exchange=[(p, p) for p in params], protect=params
+        )
 
 
 def _double_backward_operator(

@@ -72,6 +72,13 @@ def _no_second_derivative(name: str) -> str:
 class History:
     """What the plain autograd history below some nodes is made of, from one walk through it.
 
+    Parameters
+    ----------
+    roots
+        Where to begin.
+    since
+        A sequence number, below which nodes are left out with all that is below them.
+
     Attributes
     ----------
     custom
@@ -82,28 +89,39 @@ class History:
         The lowest sequence number, which nodes are given as they are made.
     """
 
-    def __init__(self, roots: Sequence[Any]) -> None:
+    def __init__(self, roots: Sequence[Any], since: int = 0) -> None:
         self.custom: list[Any] = []
         self.kinds: set[str] = set()
         self.oldest = _NEWEST
         self._ends: list[Any] = []
         self._odd: list[Any] = []
-        for node in history(roots):
-            self.oldest = min(self.oldest, node._sequence_nr())
-            self.kinds.add(type(node).__name__)
-            if not node.next_functions:
-                self._ends.append(node)
-            if type(node) in _ORDINARY:
+        types: set[type] = set()
+        seen, stack = set(roots), list(roots)
+        while stack:  # as `history` does, in line: it is walked for every product
+            node = stack.pop()
+            number = node._sequence_nr()
+            if number < since:
                 continue
-            if isinstance(node, _CUSTOM):
-                self.custom.append(node)
-            elif _is_ordinary(node):
-                if (
-                    type(node).__name__ != "CppFunction"
-                ):  # that of all which torch has not registered
-                    _ORDINARY.add(type(node))
-            else:
-                self._odd.append(node)
+            self.oldest = min(self.oldest, number)
+            types.add(type(node))
+            if type(node) not in _ORDINARY:
+                self._sort_out(node)
+            parents = node.next_functions
+            if not parents:
+                self._ends.append(node)
+            for parent, _ in parents:
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+        self.kinds.update(kind.__name__ for kind in types)
+
+    def _sort_out(self, node: Any) -> None:
+        if isinstance(node, _CUSTOM):
+            self.custom.append(node)
+        elif not _is_ordinary(node):
+            self._odd.append(node)
+        elif type(node).__name__ != "CppFunction":  # that of all which torch has not registered
+            _ORDINARY.add(type(node))
 
     @property
     def leaves(self) -> list[Tensor]:

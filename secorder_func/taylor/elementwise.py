@@ -47,7 +47,6 @@ SLOPES: dict[str, Slope] = {
     "erfinv": lambda x, y: (y * y).exp() / _ROOT,
     "lgamma": lambda x, y: x.digamma(),
     "digamma": lambda x, y: torch.polygamma(1, x),
-    "abs": lambda x, y: x.sgn(),
 }
 _BY_QUOTIENT: dict[str, Slope] = {
     "log": lambda x, y: x,
@@ -63,21 +62,15 @@ _SAME = {
     "arcsinh": "asinh",
     "arccosh": "acosh",
     "arctanh": "atanh",
-    "absolute": "abs",
-    "__abs__": "abs",
     "gammaln": "lgamma",
     "psi": "digamma",
 }
-_REAL_ONLY = frozenset({"abs"})
-
 
 def _by_slope(name: str, slope: Slope) -> None:
     functions = forms(name, *(other for other, same in _SAME.items() if same == name))
 
     @tangent(*functions, kind="elementwise")
     def push(t: Terms, out: Tensor, input: Tensor) -> Any:
-        if name in _REAL_ONLY and input.is_complex():
-            raise TypeError("a complex number has no such derivative")
         return t(input) * slope(input, out)
 
 
@@ -93,9 +86,11 @@ for _name, _slope in _BY_QUOTIENT.items():
     _by_quotient(_name, _slope)
 
 
-@tangent(*forms("sinc"), kind="elementwise")
-def _sinc(t: Terms, out: Tensor, input: Tensor) -> Any:
-    raise TypeError("its derivative is a series about zero")
+@tangent(*forms("abs", "absolute", "__abs__"), kind="elementwise")
+def _abs(t: Terms, out: Tensor, input: Tensor) -> Any:
+    if input.is_complex():
+        return (input.sgn().conj() * t(input)).real
+    return t(input) * input.sgn()
 
 
 # ----------------------------------------------------------------------------------- powers

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.rules.mode import SecondOrderRules
+from secorder_func.taylor.proven import NAMES
 from secorder_func.rules.torch_func import forward_mode_lock, jvp_aux
 
 __all__ = ["PROVEN", "pushed_by_torch"]
 
-PROVEN: set[Any] = set()
+
+def _named(name: str) -> list[Any]:
+    """Return the function of torch with a dotted name, and the method of tensors that is the same."""
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    method = None if "." in name else getattr(Tensor, name, None)
+    return [function for function in (found, method) if function is not None]
+
+
+PROVEN: frozenset[Any] = frozenset(chain.from_iterable(map(_named, NAMES)))
+"""The functions that a sweep proved right."""
 
 
 def pushed_by_torch(
@@ -41,12 +54,11 @@ def pushed_by_torch(
         with SecondOrderRules(forward=True, higher=True):
             out = func(*exchanged(args, tensors), **exchanged(kwargs, tensors))
         found, restore = tree.tensors_and_rest(out)
-        smooth = tuple(x for x in found if _is_smooth(x))
-        return smooth, found
+        return tuple(x for x in found if _is_smooth(x)), found
 
     with forward_mode_lock():
-        values, pushed, found = jvp_aux(evaluate, tuple(carried), terms)
-    values, pushed = iter(values), iter(pushed)
+        smooth, moved, found = jvp_aux(evaluate, tuple(carried), terms)
+    values, pushed = iter(smooth), iter(moved)
     pairs = [(next(values), next(pushed)) if _is_smooth(x) else (x, None) for x in found]
     return restore([value for value, _ in pairs]), restore([term for _, term in pairs])
 

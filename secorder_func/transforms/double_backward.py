@@ -46,8 +46,6 @@ class DoubleBackward:
     ----------
     gradient
         Its leaves, None where the loss does not depend on a parameter or has no derivative in it.
-    seen
-        The ids of the parameters that a torch function of the loss was given.
     """
 
     def __init__(
@@ -59,13 +57,11 @@ class DoubleBackward:
             lambda: (evaluate(),),
             params,
             create_graph=create_graph,
-            exchange=[(p, p) for p in params],  # to see which are used
         )
-        self.seen = self._evaluation.seen
+        begin = torch._C._autograd._get_sequence_nr()
         self.gradient = self._differentiated()
-        History(
-            [g.grad_fn for g in self.gradient if g is not None and g.requires_grad]
-        ).refuse_cuts()
+        roots = [g.grad_fn for g in self.gradient if g is not None and g.requires_grad]
+        History(roots, since=begin).refuse_cuts()  # the history of the loss was looked at before
 
     def _differentiated(self) -> list[Tensor | None]:
         (loss,), history = self._evaluation.outputs, self._evaluation.history

@@ -55,7 +55,7 @@ class PlainEvaluation:
         Where to differentiate.
     create_graph
         Whether derivatives can be differentiated again.
-    forward, exchange
+    forward
         As for `evaluated`.
 
     Attributes
@@ -64,8 +64,6 @@ class PlainEvaluation:
         What was evaluated.
     history
         What their history is made of.
-    seen
-        The ids of the exchanged tensors that some torch function was given.
     """
 
     def __init__(
@@ -75,7 +73,6 @@ class PlainEvaluation:
         *,
         create_graph: bool,
         forward: bool = False,
-        exchange: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self._params = params
 
@@ -85,10 +82,9 @@ class PlainEvaluation:
 
         with recording():
             rules, self.outputs = evaluated(
-                run, forward=forward, higher=create_graph, exchange=exchange, protect=params
+                run, forward=forward, higher=create_graph, protect=params
             )
         self.history = History([z.grad_fn for z in self.outputs if z.grad_fn is not None])
-        self.seen = rules.seen
         self._higher = rules.higher
         self._hooked = rules.hooked
 

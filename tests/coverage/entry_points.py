@@ -54,6 +54,16 @@ def by_mode(mode: Any) -> Callable[[Problem, Tree, Tree], Tree]:
     return lambda problem, v, other: hvp(problem.f, mode=mode)(_detached(problem), v)
 
 
+def mapped_by_mode(mode: Any) -> Callable[[Problem, Tree, Tree], Tree]:
+    """Return the first of two products mapped over the vectors, in a named mode."""
+
+    def route(problem: Problem, v: Tree, other: Tree) -> Tree:
+        over = torch.func.vmap(hvp(problem.f, mode=mode), in_dims=(None, 0), randomness="same")
+        return _first(over(_detached(problem), _stacked(v, other)))
+
+    return route
+
+
 @dataclass(frozen=True)
 class Verdict:
     """`right` is None where the library raised, and `error` is what it raised."""
@@ -96,4 +106,4 @@ def _first(stacked: Tree) -> Tree:
     return optree.tree_map(lambda leaf: leaf[0], stacked)
 
 
-__all__ = ["ENTRY_POINTS", "Verdict", "by_mode", "flat", "judge"]
+__all__ = ["ENTRY_POINTS", "Verdict", "by_mode", "flat", "judge", "mapped_by_mode"]
