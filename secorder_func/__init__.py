@@ -6,7 +6,7 @@
 tensor([6., 0.])
 """
 
-from secorder_func import errors, tree
+from secorder_func import errors, taylor, tree
 from secorder_func.algorithms import (
     Estimate,
     exact_diagonal,
@@ -26,6 +26,7 @@ from secorder_func.transforms import (
     hvp,
     hvp_and_grad,
     loss_surface,
+    rule_kinds,
 )
 from secorder_func.verify import Verification, verify
 
@@ -54,6 +55,8 @@ __all__ = [
     "loss_surface",
     "probes",
     "random_direction",
+    "rule_kinds",
+    "taylor",
     "tree",
     "verify",
 ]

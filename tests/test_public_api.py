@@ -23,6 +23,7 @@ CORE = [
     "nn",
     "operators",
     "rules",
+    "taylor",
     "transforms",
     "tree",
     "typing",

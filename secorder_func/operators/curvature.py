@@ -23,6 +23,7 @@ from secorder_func.transforms.gauss_newton import (
     flat_model,
     ggn_double_backward,
     ggn_forward,
+    ggn_propagated,
     ggn_pullbacks,
     ggnvp,
 )
@@ -44,7 +45,8 @@ __all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_bac
 LeafProduct = Callable[[Leaves], Leaves]
 
 _OTHER_MODE = (
-    "Make the operator with another mode= (reverse_over_forward, forward_over_reverse, reverse_over_reverse, double_backward), "
+    "Make the operator with another mode= (reverse_over_forward, forward_over_reverse, reverse_over_reverse, "
+    "double_backward), "
     "or replace the function that is to blame"
 )
 
@@ -121,7 +123,8 @@ def hessian_operator(
 
     def propagated() -> LeafProduct:
         def product(v: Leaves) -> Leaves:
-            return by_propagation(loss, v, closed=False, differentiable=outside)[0]
+            recorded = outside or differentiated_outside(v)
+            return by_propagation(loss, v, closed=False, differentiable=recorded)[0]
 
         return _replaying(product, loss.leaves)
 
@@ -202,11 +205,18 @@ def ggn_operator(
     def forward() -> LeafProduct:
         return _replaying(lambda v: ggn_forward(model, v, higher=outside), model.leaves)
 
+    def propagated() -> LeafProduct:
+        def product(v: Leaves) -> Leaves:
+            recorded = outside or differentiated_outside(v)
+            return ggn_propagated(model, v, closed=False, differentiable=recorded)
+
+        return _replaying(product, model.leaves)
+
     def plain() -> LeafProduct:
         return ggn_double_backward(model, differentiable=outside)
 
     route, product = first_exact(
-        _in_order(mode, reverse, forward, plain),
+        _in_order(mode, reverse, forward, plain, propagated),
         where=where,
         tensors=model.leaves,
         eager=model.eager,
@@ -219,7 +229,7 @@ def _in_order(
     reverse: Callable[[], LeafProduct],
     forward: Callable[[], LeafProduct],
     plain: Callable[[], LeafProduct],
-    propagated: Callable[[], LeafProduct] | None = None,
+    propagated: Callable[[], LeafProduct],
 ) -> list[tuple[str, Callable[[], LeafProduct]]]:
     """Return the routes of a mode; an operator keeps a pullback, so that it takes reverse over reverse first."""
     ways = {
@@ -227,7 +237,7 @@ def _in_order(
         "forward_over_reverse": forward,
         "double_backward": plain,
     }
-    if mode == "reverse_over_forward" and propagated is not None:
+    if mode == "reverse_over_forward":
         return [(mode, propagated)]
     allowed = routes_for(mode, outside=False)
     return [(name, way) for name, way in ways.items() if name in allowed]

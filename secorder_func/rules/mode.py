@@ -214,9 +214,7 @@ def evaluation(
     make
         What makes the mode, `SecondOrderRules` or one that extends it.
     """
-    rules = make(
-        forward=forward, higher=higher, inside=inside, exchange=exchange, protect=protect
-    )
+    rules = make(forward=forward, higher=higher, inside=inside, exchange=exchange, protect=protect)
     return _traced(rules) if torch.compiler.is_compiling() else _Guarded(rules)
 
 
@@ -234,9 +232,7 @@ def evaluated(
     A loss that turns out to differentiate by `torch.autograd.grad` is evaluated again, with the same random
     numbers, by functions that have right third derivatives.
     """
-    begin = partial(
-        evaluation, forward=forward, exchange=exchange, protect=protect, make=make
-    )
+    begin = partial(evaluation, forward=forward, exchange=exchange, protect=protect, make=make)
     if torch.compiler.is_compiling():
         with begin(higher=higher) as rules:
             return evaluate(rules)

@@ -19,7 +19,7 @@ from secorder_func.rules.dual_norm import is_dual, standardised, standardised_by
 from secorder_func.rules.registry import Rules, repairs, takes_dual_numbers
 from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
-__all__: list[str] = []
+__all__ = ["float32_under_autocast"]
 
 _WRONG_THIRD = "third derivatives of the fused kernel are wrong, pytorch#198017"
 _TANGENT_DTYPE = "a half-precision input with a float weight gets float tangents, on which jvp(grad) raises (2.13)"
@@ -34,7 +34,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    dtype = _float32_under_autocast(input)
+    dtype = float32_under_autocast(input)
     if takes_dual_numbers(rules) and usual(input, normalized_shape, weight, bias):
         output = standardised(input, normalized_shape, eps)
         output = output if weight is None else output * weight
@@ -121,7 +121,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     x = _widened(rules, input, weight)
-    return F.group_norm(x, num_groups, weight, bias, eps).to(_float32_under_autocast(input))
+    return F.group_norm(x, num_groups, weight, bias, eps).to(float32_under_autocast(input))
 
 
 @repairs(
@@ -144,7 +144,7 @@ def _widened(rules: Rules, input: Tensor, weight: Tensor | None) -> Tensor:
     return input.to(weight.dtype)
 
 
-def _float32_under_autocast(input: Tensor) -> torch.dtype:
+def float32_under_autocast(input: Tensor) -> torch.dtype:
     """Return the dtype of a layer or group norm of the input, which autocast on CUDA takes in float32."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     widens = half and input.device.type == "cuda" and torch.is_autocast_enabled("cuda")

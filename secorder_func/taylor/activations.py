@@ -145,7 +145,12 @@ def _rrelu(
 
 @tangent(F.hardtanh, kind="elementwise")
 def _hardtanh(
-    t: Terms, out: Tensor, input: Tensor, min_val: float = -1, max_val: float = 1, inplace: bool = False
+    t: Terms,
+    out: Tensor,
+    input: Tensor,
+    min_val: float = -1,
+    max_val: float = 1,
+    inplace: bool = False,
 ) -> Any:
     return t(input) * ((input > min_val) & (input < max_val))
 
@@ -250,5 +255,3 @@ def _logsumexp(t: Terms, out: Tensor, input: Tensor, dim: Any, keepdim: bool = F
     shares = (input - torch.where(top.isfinite(), top, 0.0)).exp()
     term = t(input)
     return (shares * term).sum(dims, keepdim)
-
-

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.rules.mode import SecondOrderRules
-from secorder_func.taylor.proven import NAMES
 from secorder_func.rules.torch_func import forward_mode_lock, jvp_aux
+from secorder_func.taylor.proven import NAMES
 
 __all__ = ["PROVEN", "pushed_by_torch"]
 

@@ -65,7 +65,11 @@ def rebind(t: Any, target: Tensor, term: Tensor | None) -> None:
 def _zeros_of(t: Any, target: Tensor, others: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """Return zeros that lie in memory as a tensor without a term does, part of those of its base."""
     base = target._base
-    if t.several or any(term is not None for _, term in others) or any(o is not base for o, _ in others):
+    if (
+        t.several
+        or any(term is not None for _, term in others)
+        or any(o is not base for o, _ in others)
+    ):
         raise NotPropagatedError("a tensor with several names is written to")
     if base is None:
         return torch.zeros_like(target)
@@ -93,8 +97,7 @@ def _mirrors(
         if shares != (id(tensor) in same):
             return False
         if shares and (
-            _place(its) != _place(tensor)
-            or its.storage_offset() - tensor.storage_offset() != shift
+            _place(its) != _place(tensor) or its.storage_offset() - tensor.storage_offset() != shift
         ):
             return False
     return True

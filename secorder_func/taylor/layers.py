@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ __all__: list[str] = []
 
 
 @written(F.dropout)
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0.0:
@@ -23,7 +24,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return input * _mask(input, p)
 
 
-def _mask(input: Tensor, p: float) -> Tensor:
+def _mask(input: Tensor, p: float) -> Any:
     """Return the mask that a plain evaluation draws."""
     if p == 1.0:
         return torch.zeros_like(input)
@@ -41,7 +42,7 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -68,7 +69,7 @@ def _attention(
 # ------------------------------------------------------------------------ other kinds of dropout
 
 
-def _channels_mask(input: Tensor, p: float) -> Tensor:
+def _channels_mask(input: Tensor, p: float) -> Any:
     """Return one entry of a mask for each channel of each sample, as torch draws them."""
     shape = (*input.shape[:2], *[1] * (input.ndim - 2))
     plain = unwrapped(input)
@@ -77,7 +78,7 @@ def _channels_mask(input: Tensor, p: float) -> Tensor:
 
 
 @written(torch.feature_dropout)
-def _feature_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+def _feature_dropout(input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0.0:
         return input
     if p == 1.0:
@@ -88,7 +89,7 @@ def _feature_dropout(input: Tensor, p: float, train: bool) -> Tensor:
 _ALPHA = 1.7580993408473766
 
 
-def _alpha(input: Tensor, noise: Tensor, p: float) -> Tensor:
+def _alpha(input: Tensor, noise: Tensor, p: float) -> Any:
     """Return an affine function of what is kept, with mean and variance as before."""
     a = 1 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
     b = noise.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
@@ -96,7 +97,7 @@ def _alpha(input: Tensor, noise: Tensor, p: float) -> Tensor:
 
 
 @written(torch.alpha_dropout)
-def _alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+def _alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0.0:
         return input
     if p == 1.0:
@@ -106,7 +107,7 @@ def _alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
 
 
 @written(torch.feature_alpha_dropout)
-def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
+def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0.0:
         return input
     if p == 1.0:
@@ -118,7 +119,7 @@ def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
 
 
 @written(F.cosine_similarity, torch.cosine_similarity)
-def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     x1, x2 = torch.broadcast_tensors(x1, x2)
     sizes = (torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps) for x in (x1, x2))
     first, second = sizes
@@ -128,11 +129,11 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 @written(F.pairwise_distance, torch.pairwise_distance)
 def _pairwise_distance(
     x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Tensor:
+) -> Any:
     return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
 
 
-def _reduced(each: Tensor, reduction: Any) -> Tensor:
+def _reduced(each: Tensor, reduction: Any) -> Any:
     """Reduce as a name or one of torch's numbers for it says."""
     if reduction in ("none", 0):
         return each
@@ -142,14 +143,12 @@ def _reduced(each: Tensor, reduction: Any) -> Tensor:
 @written(torch.margin_ranking_loss)
 def _margin_ranking(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: Any = 1
-) -> Tensor:
+) -> Any:
     return _reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
 
 
 @written(torch.hinge_embedding_loss)
-def _hinge_embedding(
-    input: Tensor, target: Tensor, margin: float = 1.0, reduction: Any = 1
-) -> Tensor:
+def _hinge_embedding(input: Tensor, target: Tensor, margin: float = 1.0, reduction: Any = 1) -> Any:
     apart = torch.where(target != 1, (margin - input).clamp_min(0), 0.0)
     together = torch.where(target != -1, input, 0.0)
     return _reduced(apart + together, reduction)
@@ -158,7 +157,7 @@ def _hinge_embedding(
 @written(torch.cosine_embedding_loss)
 def _cosine_embedding(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: Any = 1
-) -> Tensor:
+) -> Any:
     small = 1e-12
     dim = target.ndim
     first = (input1 * input1).sum(dim) + small
@@ -178,7 +177,7 @@ def _triplet(
     eps: float = 1e-6,
     swap: bool = False,
     reduction: Any = 1,
-) -> Tensor:
+) -> Any:
     near = F.pairwise_distance(anchor, positive, p, eps)
     far = F.pairwise_distance(anchor, negative, p, eps)
     if swap:
@@ -187,7 +186,7 @@ def _triplet(
 
 
 @written(F.affine_grid, torch.affine_grid_generator)
-def _affine_grid(theta: Tensor, size: Any, align_corners: Any = None) -> Tensor:
+def _affine_grid(theta: Tensor, size: Any, align_corners: Any = None) -> Any:
     shape = list(size)
     axes = []
     for length in shape[2:]:
@@ -202,6 +201,6 @@ def _affine_grid(theta: Tensor, size: Any, align_corners: Any = None) -> Tensor:
 
 
 @written(torch.conv_tbc)
-def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Any:
     out = F.conv1d(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
     return out.permute(2, 0, 1)

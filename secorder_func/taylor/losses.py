@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.taylor.products import total
-from secorder_func.taylor.registry import Terms, linear, tangent, written
+from secorder_func.taylor.registry import NotCoveredError, Terms, linear, tangent, written
 
 __all__: list[str] = []
 
-_OF = getattr(F._Reduction, "legacy_get_string")  # noqa: B009
+_F = TypeVar("_F", bound=Callable[..., Tensor])
+
+_OF = getattr(torch.nn._reduction, "legacy_get_string")  # noqa: B009
 
 
 def _reduction(size_average: Any, reduce: Any, reduction: str) -> str:
@@ -23,16 +26,16 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> str:
     return str(_OF(size_average, reduce, emit_warning=False))
 
 
-def _reduced(each: Tensor, reduction: str) -> Tensor:
+def _reduced(each: Tensor, reduction: str) -> Any:
     if reduction == "none":
         return each
     return each.mean() if reduction == "mean" else each.sum()
 
 
-def _per_entry(name: str) -> Any:
+def _per_entry(name: str) -> Callable[[_F], _F]:
     """Register a loss of differences, given the derivative in the difference."""
 
-    def register(slope: Any) -> Any:
+    def register(slope: _F) -> _F:
         @tangent(getattr(F, name), kind="elementwise")
         def push(
             t: Terms,
@@ -44,16 +47,14 @@ def _per_entry(name: str) -> Any:
             reduction: str = "mean",
             *args: Any,
             **options: Any,
-        ) -> Tensor | None:
-            if reduce is False or isinstance(size_average, float) or isinstance(reduction, float):
-                raise TypeError("legacy arguments")
+        ) -> Any:
             weight = options.pop("weight", None)
             first, second = t(input), t(target)
-            change = total(first, None if second is None else -second)
+            change: Any = total(first, None if second is None else -second)
             each = change * slope(input - target, *args, **options)
             reduction = _reduction(size_average, reduce, reduction)
             if weight is not None:
-                raise TypeError("a weight")
+                raise NotCoveredError("a weight")
             return _reduced(each, reduction)
 
         return slope
@@ -62,17 +63,17 @@ def _per_entry(name: str) -> Any:
 
 
 @_per_entry("mse_loss")
-def _square(d: Tensor) -> Tensor:
+def _square(d: Tensor) -> Any:
     return 2 * d
 
 
 @_per_entry("l1_loss")
-def _absolute(d: Tensor) -> Tensor:
+def _absolute(d: Tensor) -> Any:
     return d.sign()
 
 
 @_per_entry("smooth_l1_loss")
-def _smooth_l1(d: Tensor, beta: float = 1.0) -> Tensor:
+def _smooth_l1(d: Tensor, beta: float = 1.0) -> Any:
     return d.sign() if beta == 0 else (d / beta).clamp(-1, 1)
 
 
@@ -85,9 +86,9 @@ def _huber(
     reduction: str = "mean",
     delta: float = 1.0,
     weight: Tensor | None = None,
-) -> Tensor | None:
+) -> Any:
     if weight is not None:
-        raise TypeError("a weight")
+        raise NotCoveredError("a weight")
     first, second = t(input), t(target)
     change = total(first, None if second is None else -second)
     assert change is not None
@@ -107,15 +108,13 @@ def _cross_entropy(
     reduce: Any = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+) -> Any:
     reduction = _reduction(size_average, reduce, reduction)
     dim = 0 if input.ndim == 1 else 1
     logs = F.log_softmax(input, dim)
     if target.is_floating_point():
         return _of_probabilities(logs, target, weight, reduction, label_smoothing, dim)
-    loss = F.nll_loss(
-        logs, target, weight=weight, ignore_index=ignore_index, reduction=reduction
-    )
+    loss = F.nll_loss(logs, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
     if not label_smoothing:
         return loss
     spread = logs if weight is None else logs * _along(weight, dim, logs)
@@ -132,13 +131,13 @@ def _cross_entropy(
     return (1 - label_smoothing) * loss + share * smooth
 
 
-def _along(weight: Tensor, dim: int, like: Tensor) -> Tensor:
+def _along(weight: Tensor, dim: int, like: Tensor) -> Any:
     return weight.reshape(-1, *[1] * (like.ndim - 1 - dim))
 
 
 def _of_probabilities(
     logs: Tensor, target: Tensor, weight: Any, reduction: str, smoothing: float, dim: int
-) -> Tensor:
+) -> Any:
     if smoothing:
         target = target * (1 - smoothing) + smoothing / logs.shape[dim]
     each = -(logs * target)
@@ -160,9 +159,11 @@ def _bce_with_logits(
     reduce: Any = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     if target.size() != input.size():
-        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
     logs = F.logsigmoid(input)
     if pos_weight is None:
         each = (1 - target) * input - logs
@@ -180,9 +181,11 @@ def _bce(
     size_average: Any = None,
     reduce: Any = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Any:
     if target.size() != input.size():
-        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
     logs = input.log().clamp(min=-100)
     others = (-input).log1p().clamp(min=-100)
     each = (target - 1) * others - target * logs
@@ -198,11 +201,12 @@ def _kl_div(
     reduce: Any = None,
     reduction: str = "mean",
     log_target: bool = False,
-) -> Tensor:
+) -> Any:
     if log_target:
         each = target.exp() * (target - input)
     else:
-        each = torch.xlogy(target, target) - target * input
+        entropy = torch.xlogy(target, target)
+        each = entropy - target * input
     if reduction == "batchmean":
         return each.sum() / input.shape[0] if input.ndim else each.sum()
     return _reduced(each, _reduction(size_average, reduce, reduction))
@@ -218,7 +222,7 @@ def _poisson_nll(
     eps: float = 1e-8,
     reduce: Any = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Any:
     each = input.exp() - target * input if log_input else input - target * (input + eps).log()
     if full:
         stirling = target * target.log() - target + 0.5 * (2 * math.pi * target).log()
@@ -233,5 +237,5 @@ def _soft_margin(
     size_average: Any = None,
     reduce: Any = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Any:
     return _reduced(-F.logsigmoid(input * target), _reduction(size_average, reduce, reduction))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.rules.normalization import float32_under_autocast
 from secorder_func.taylor.products import total
 from secorder_func.taylor.registry import Terms, tangent, written, written_by_repair
 
@@ -38,14 +39,22 @@ def _layer_norm_value(
     *unused: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
+    dtype = float32_under_autocast(input)
     if weight is not None and weight.dtype != input.dtype:
         input = input.to(weight.dtype)
     unscaled, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), None, None, eps)
     out = unscaled if weight is None else unscaled * weight
-    return out if bias is None else out + bias, (input, mean, rstd, unscaled)
+    out = out if bias is None else out + bias
+    return out.to(dtype), (input, mean, rstd, unscaled)
 
 
-@tangent(F.layer_norm, torch.layer_norm, kind="symmetric", value=_layer_norm_value, beyond=written_by_repair)
+@tangent(
+    F.layer_norm,
+    torch.layer_norm,
+    kind="symmetric",
+    value=_layer_norm_value,
+    beyond=written_by_repair,
+)
 def _layer_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -61,7 +70,7 @@ def _layer_norm(
     input, mean, rstd, unscaled = pair[1]
     pushed = None
     if x is not None:
-        pushed = _core(x, input, list(normalized_shape), mean, rstd)
+        pushed = _core(x.to(input.dtype), input, list(normalized_shape), mean, rstd)
         pushed = pushed if weight is None else pushed * weight
     return total(pushed, None if w is None else unscaled * w, t(bias))
 
@@ -74,15 +83,20 @@ def _groups_value(
     input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Any]:
     """Standardise each of some groups of channels, then scale and shift each channel."""
+    if not input.numel():
+        return _shifted(input, weight, bias), (None, None, None, None, input)
     grouped = input.reshape(input.shape[0], groups, -1)
     shape = [grouped.shape[-1]]
     out, mean, rstd = torch.native_layer_norm(grouped, shape, None, None, eps)
-    unscaled = out = out.reshape(input.shape)
+    unscaled = out.reshape(input.shape)
+    return _shifted(unscaled, weight, bias), (grouped, shape, mean, rstd, unscaled)
+
+
+def _shifted(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return the channels scaled and shifted."""
     if weight is not None:
-        out = out * _channels(weight, input.ndim)
-    if bias is not None:
-        out = out + _channels(bias, input.ndim)
-    return out, (grouped, shape, mean, rstd, unscaled)
+        out = out * _channels(weight, out.ndim)
+    return out if bias is None else out + _channels(bias, out.ndim)
 
 
 def _groups(
@@ -92,7 +106,10 @@ def _groups(
     grouped, shape, mean, rstd, unscaled = more
     pushed = None
     if x is not None:
-        pushed = _core(x.reshape(grouped.shape), grouped, shape, mean, rstd).reshape(input.shape)
+        pushed = x  # of nothing
+        if grouped is not None:
+            pushed = _core(x.reshape(grouped.shape), grouped, shape, mean, rstd)
+            pushed = pushed.reshape(input.shape)
         pushed = pushed if weight is None else pushed * _channels(weight, input.ndim)
     return total(
         pushed,
@@ -122,11 +139,16 @@ def _group_norm_written(
 ) -> Tensor:
     grouped = input.reshape(input.shape[0], num_groups, -1)
     out = F.layer_norm(grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
-    out = out if weight is None else out * _channels(weight, input.ndim)
-    return out if bias is None else out + _channels(bias, input.ndim)
+    return _shifted(out, weight, bias)
 
 
-@tangent(F.group_norm, torch.group_norm, kind="symmetric", value=_group_norm_value, beyond=_group_norm_written)
+@tangent(
+    F.group_norm,
+    torch.group_norm,
+    kind="symmetric",
+    value=_group_norm_value,
+    beyond=_group_norm_written,
+)
 def _group_norm(
     t: Terms,
     pair: tuple[Tensor, Any],
@@ -145,9 +167,7 @@ def _per_channel_value(
 ) -> tuple[Tensor, Any]:
     scale = (var + eps).rsqrt()
     unscaled = (input - _channels(mean, input.ndim)) * _channels(scale, input.ndim)
-    out = unscaled if weight is None else unscaled * _channels(weight, input.ndim)
-    out = out if bias is None else out + _channels(bias, input.ndim)
-    return out, (scale, unscaled)
+    return _shifted(unscaled, weight, bias), (scale, unscaled)
 
 
 def _instance_norm_value(
@@ -197,11 +217,12 @@ def _batch_norm_value(
     if not training:
         return _per_channel_value(input, running_mean, running_var, weight, bias, eps)
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+    if not input.numel():
+        return _shifted(input, weight, bias), (None, None, input)
     unscaled, mean, rstd = torch.native_batch_norm(
         input, None, None, None, None, True, momentum, eps
     )
-    out = unscaled if weight is None else unscaled * _channels(weight, input.ndim)
-    return out if bias is None else out + _channels(bias, input.ndim), (mean, rstd, unscaled)
+    return _shifted(unscaled, weight, bias), (mean, rstd, unscaled)
 
 
 @tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value, beyond=written_by_repair)
@@ -225,9 +246,11 @@ def _batch_norm(
     mean, rstd, unscaled = pair[1]
     pushed = None
     if x is not None:
-        pushed = _aten.native_batch_norm_backward(
-            x, input, None, None, None, mean, rstd, True, eps, [True, False, False]
-        )[0]
+        pushed = x  # of nothing
+        if mean is not None:
+            pushed = _aten.native_batch_norm_backward(
+                x, input, None, None, None, mean, rstd, True, eps, [True, False, False]
+            )[0]
         pushed = pushed if weight is None else pushed * _channels(weight, input.ndim)
     scaled = None if w is None else unscaled * _channels(w, input.ndim)
     return total(pushed, scaled, None if b is None else _channels(b, input.ndim))
@@ -267,5 +290,3 @@ def _local_response_norm(
     padded = F.pad(flat, (0, 0, 0, 0, size // 2, (size - 1) // 2))
     summed = F.avg_pool3d(padded, (size, 1, 1), stride=1).reshape(input.shape)
     return input / (summed * alpha + k).pow(beta)
-
-

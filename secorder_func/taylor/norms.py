@@ -13,7 +13,7 @@ from secorder_func.taylor.registry import NotCoveredError, Terms, forms, tangent
 __all__: list[str] = []
 
 
-def _unsqueezed(out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> Tensor:
+def _unsqueezed(out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> Any:
     """Return a reduced tensor with the dimensions that it was reduced over, of length one."""
     if keepdim or not input.ndim or out.ndim == input.ndim:
         return out
@@ -68,7 +68,7 @@ def _vector_norm(
 @written(torch.linalg.norm)
 def _norm_of(
     A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
+) -> Any:
     if ord is None or (isinstance(ord, (int, float)) and _is_vector(A, dim)):
         where = dim
         if ord is None and dim is None and keepdim:
@@ -83,8 +83,13 @@ def _is_vector(A: Tensor, dim: Any) -> bool:
 
 @written(torch.norm)
 def _norm(
-    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
-) -> Tensor:
+    input: Tensor,
+    p: Any = "fro",
+    dim: Any = None,
+    keepdim: bool = False,
+    out: Any = None,
+    dtype: Any = None,
+) -> Any:
     if out is not None or p == "nuc":
         raise NotCoveredError("the nuclear norm, or out=")
     order = 2 if p in ("fro", None) else p
@@ -92,7 +97,7 @@ def _norm(
 
 
 @written(torch.norm_except_dim)
-def _norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
+def _norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Any:
     if dim == -1:
         return torch.linalg.vector_norm(v, pow)
     others = tuple(d for d in range(v.ndim) if d != dim % v.ndim)
@@ -100,7 +105,7 @@ def _norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
 
 
 @written(*forms("dist"))
-def _dist(input: Tensor, other: Tensor, p: Any = 2) -> Tensor:
+def _dist(input: Tensor, other: Tensor, p: Any = 2) -> Any:
     return torch.linalg.vector_norm(input - other, p)
 
 
@@ -131,12 +136,12 @@ def _moments(
 
 
 @written(*forms("var"))
-def _var(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _var(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _moments(input, args, kwargs)[0]
 
 
 @written(*forms("std"))
-def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _std(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _moments(input, args, kwargs)[0].sqrt()
 
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.taylor.registry import RULES, Terms, forms, same_derivative, tangent
+from secorder_func.taylor.registry import RULES, Terms, forms, tangent
 
 __all__ = ["total"]
 
 _TENSOR: Any = torch.Tensor
 
 
-def total(*parts: Tensor | None) -> Tensor | None:
+def total(*parts: Tensor | None) -> Any:
     """Return the sum of what is there."""
     found: Tensor | None = None
     for part in parts:
@@ -29,7 +29,7 @@ def total(*parts: Tensor | None) -> Tensor | None:
 
 
 @tangent(*forms("add", "__add__", "__radd__"), kind="linear", by_output=True)
-def _add(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _add(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     second = t(other)
     if second is not None and alpha != 1:
         second = second * alpha
@@ -37,7 +37,7 @@ def _add(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tenso
 
 
 @tangent(*forms("sub", "subtract", "__sub__"), kind="linear", by_output=True)
-def _sub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _sub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     first, second = t(input), t(other)
     if second is None:
         return first
@@ -47,7 +47,7 @@ def _sub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tenso
 
 
 @tangent(*forms("rsub", "__rsub__"), kind="linear")
-def _rsub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _rsub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     first, second = t(input), t(other)
     if first is None:
         return second
@@ -57,7 +57,7 @@ def _rsub(t: Terms, out: Any, input: Any, other: Any, *, alpha: Any = 1) -> Tens
 
 
 @tangent(*forms("mul", "multiply", "__mul__", "__rmul__"), kind="bilinear")
-def _mul(t: Terms, out: Any, input: Any, other: Any) -> Tensor | None:
+def _mul(t: Terms, out: Any, input: Any, other: Any) -> Any:
     first, second = t(input), t(other)
     if input is other and first is not None:
         return 2 * first * input
@@ -115,7 +115,7 @@ def _bilinear(product: Callable[..., Tensor], *functions: Any) -> None:
     """Register functions of two factors, `product(a, b, *others)`."""
 
     @tangent(*functions, kind="bilinear")
-    def push(t: Terms, out: Any, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def push(t: Terms, out: Any, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Any:
         first, second = t(a), t(b)
         return total(
             None if first is None else product(first, b, *args, **kwargs),
@@ -140,7 +140,7 @@ def _rmatmul(t: Terms, out: Any, a: Tensor, b: Tensor) -> Any:
 
 
 @tangent(F.linear, kind="bilinear")
-def _linear(t: Terms, out: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Tensor | None:
+def _linear(t: Terms, out: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
     x, w, b = t(input), t(weight), t(bias)
     if w is None:
         return b if x is None else F.linear(x, weight, b)
@@ -150,7 +150,9 @@ def _linear(t: Terms, out: Any, input: Tensor, weight: Tensor, bias: Any = None)
 
 
 @tangent(F.bilinear, torch.bilinear, kind="bilinear")
-def _bilinear_layer(t: Terms, out: Any, a: Tensor, b: Tensor, weight: Tensor, bias: Any = None) -> Any:
+def _bilinear_layer(
+    t: Terms, out: Any, a: Tensor, b: Tensor, weight: Tensor, bias: Any = None
+) -> Any:
     first, second, w = t(a), t(b), t(weight)
     return total(
         None if first is None else F.bilinear(first, b, weight),
@@ -166,7 +168,7 @@ def _with_sum(product: Callable[..., Tensor], *names: str) -> None:
     @tangent(*forms(*names), kind="bilinear")
     def push(
         t: Terms, out: Any, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1
-    ) -> Tensor | None:
+    ) -> Any:
         start, first, second = t(input), t(a), t(b)
         pushed = total(
             None if first is None else product(first, b),
@@ -189,8 +191,14 @@ _with_sum(lambda a, b: torch.bmm(a, b).sum(0), "addbmm")
 def _convolution(function: Any, *more: Any) -> None:
     @tangent(function, *more, kind="bilinear")
     def push(
-        t: Terms, out: Any, input: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
+        t: Terms,
+        out: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         x, w, b = t(input), t(weight), t(bias)
         if w is None:
             if x is None:
@@ -210,7 +218,7 @@ for _name in (
 
 
 @tangent(torch.einsum, kind="bilinear")
-def _einsum(t: Terms, out: Any, equation: Any, *operands: Any) -> Tensor | None:
+def _einsum(t: Terms, out: Any, equation: Any, *operands: Any) -> Any:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str):
@@ -219,12 +227,12 @@ def _einsum(t: Terms, out: Any, equation: Any, *operands: Any) -> Tensor | None:
 
 
 @tangent(torch.chain_matmul, kind="bilinear")
-def _chain_matmul(t: Terms, out: Any, *matrices: Tensor) -> Tensor | None:
+def _chain_matmul(t: Terms, out: Any, *matrices: Tensor) -> Any:
     return _multilinear(t, matrices, lambda *factors: torch.linalg.multi_dot(factors))
 
 
 @tangent(torch.linalg.multi_dot, kind="bilinear")
-def _multi_dot(t: Terms, out: Any, tensors: Any) -> Tensor | None:
+def _multi_dot(t: Terms, out: Any, tensors: Any) -> Any:
     return _multilinear(t, tuple(tensors), lambda *factors: torch.linalg.multi_dot(factors))
 
 
@@ -235,6 +243,3 @@ def _multilinear(t: Terms, factors: tuple[Any, ...], product: Callable[..., Tens
         if term is not None:
             parts.append(product(*factors[:place], term, *factors[place + 1 :]))
     return total(*parts)
-
-
-same_derivative(torch.linalg.matmul, torch.matmul)

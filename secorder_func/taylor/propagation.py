@@ -28,12 +28,23 @@ from secorder_func.rules.see_through import see_through
 from secorder_func.rules.writes import writes_first
 from secorder_func.taylor.general import PROVEN, pushed_by_torch
 from secorder_func.taylor.in_place import as_out_of_place, rebind
-from secorder_func.taylor.registry import RULES, NotCoveredError, NotPropagatedError, Rule, written_by_repair
+from secorder_func.taylor.registry import (
+    RULES,
+    NotCoveredError,
+    NotPropagatedError,
+    Rule,
+    written_by_repair,
+)
 
 __all__ = ["Propagation"]
 
 _IN_PYTHON = (F.__name__, "torch.functional", "torch._tensor")
 """Modules whose functions are written in Python out of others."""
+
+
+_TENSOR: Any = torch.Tensor
+_STOPS = frozenset({torch.detach, _TENSOR.detach, _TENSOR.detach_, _TENSOR.data.__get__})
+"""Functions whose result has no derivatives, whatever they are given."""
 
 
 class Propagation(SecondOrderRules):
@@ -70,7 +81,9 @@ class Propagation(SecondOrderRules):
         super().__init__(**options)
         self.several = several
         self.records = record
-        self._closed = closed or self.higher  # torch's own rules were proved right for second derivatives
+        self._closed = (
+            closed or self.higher
+        )  # torch's own rules were proved right for second derivatives
         self._within = torch._C._are_functorch_transforms_active()
         self._mapped: dict[int, Tensor] | None = None
         self._writing: list[Any] = []
@@ -83,7 +96,7 @@ class Propagation(SecondOrderRules):
 
     # ------------------------------------------------------------------------------- the table
 
-    def __call__(self, x: Any, /) -> Tensor | None:
+    def __call__(self, x: Any, /) -> Any:
         """Return the term of a tensor, None where it is zero."""
         if not isinstance(x, Tensor) or not self._requires(x):
             return None
@@ -145,7 +158,7 @@ class Propagation(SecondOrderRules):
     def _propagated(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or func in _STOPS:
             return super()._repaired(func, args, kwargs)
         if self.hooked:
             raise NotPropagatedError("a hook in the loss may change what is computed")
@@ -243,7 +256,7 @@ class Propagation(SecondOrderRules):
 
     def _like(self, out: Tensor, term: Tensor) -> Tensor:
         """Return a term in the shape and dtype of its value."""
-        shape = out.shape
+        shape: tuple[int, ...] = out.shape
         if self.several:
             shape = (term.shape[0], *shape)
             while term.ndim < len(shape):
@@ -292,7 +305,9 @@ class Propagation(SecondOrderRules):
         if not self._asks((args, kwargs)):
             return super()._repaired(func, args, kwargs)
         if not isinstance(target, Tensor):
-            raise NotPropagatedError(f"there is no rule for {_name(func)}, which writes to several tensors")
+            raise NotPropagatedError(
+                f"there is no rule for {_name(func)}, which writes to several tensors"
+            )
         rule, pure, given, options = as_out_of_place(func, args, kwargs)
         if rule is not None and rule.by_output:
             before = self(target)
@@ -306,7 +321,8 @@ class Propagation(SecondOrderRules):
             return out
         old = target.clone()
         if self._requires(old):
-            self.set(old, self(target))
+            before = self(target)
+            self.set(old, None if before is None else before.clone())
         with self.on():
             new = pure(old, *given[1:], **options)
         target.copy_(new)

@@ -6,9 +6,6 @@ Written by `make proven`; the tests prove each again.
 __all__ = ["NAMES"]
 
 NAMES = (
-    "Tensor.detach",
-    "Tensor.new_full",
-    "Tensor.new_zeros",
     "Tensor.to",
     "aminmax",
     "angle",
@@ -19,9 +16,7 @@ NAMES = (
     "cov",
     "cumprod",
     "cumulative_trapezoid",
-    "empty_like",
     "frexp",
-    "full_like",
     "functional.lu",
     "functional.norm",
     "functional.stft",

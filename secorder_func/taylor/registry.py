@@ -15,11 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from secorder_func.errors import NoExactRouteError
+from secorder_func.rules.registry import REPAIRS
 
 __all__ = [
     "IN_PLACE",
@@ -32,7 +36,7 @@ __all__ = [
     "forms",
     "jointly_linear",
     "linear",
-    "same_derivative",
+    "repaired",
     "tangent",
     "written",
     "written_by_repair",
@@ -44,7 +48,7 @@ Kind = Literal[
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class NotPropagatedError(RuntimeError):
+class NotPropagatedError(NoExactRouteError):
     """A function of the loss has no rule, or hides its tensors from them."""
 
 
@@ -60,7 +64,7 @@ def written_by_repair(*args: Any, **kwargs: Any) -> Any:
 class Terms(Protocol):
     """What a rule may know: the first-order term of a tensor, None where it is zero."""
 
-    def __call__(self, x: Any, /) -> Tensor | None:
+    def __call__(self, x: Any, /) -> Any:
         """Return the first-order term of `x`."""
 
 
@@ -91,7 +95,8 @@ class Rule:
     beyond: Callable[..., Any] | None = None
 
 
-_BELOW = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg)
+_C: Any = torch._C
+_BELOW = (_C._VariableFunctions, _C._nn, _C._linalg)
 """Where functions written in Python find those that they call."""
 
 RULES: dict[Any, Rule] = {}
@@ -105,13 +110,18 @@ def forms(*names: str) -> list[Any]:
     """Return all functions of torch with these names: functions, methods and operators that do not write."""
     places = (torch, torch.Tensor, torch.special, torch.linalg, F, *_BELOW)
     found = [
-        getattr(place, name) for name in names for place in places if callable(getattr(place, name, None))
+        getattr(place, name)
+        for name in names
+        for place in places
+        if callable(getattr(place, name, None))
     ]
     return list(dict.fromkeys(found))
 
 
 def _register(functions: Sequence[Any], rule: Rule) -> None:
-    for function in functions:
+    for function in dict.fromkeys(functions):
+        if function in RULES:
+            raise ValueError(f"two rules for {function}")
         RULES[function] = rule
         name = getattr(function, "__name__", "")
         for place in (torch, torch.Tensor, F):
@@ -127,7 +137,40 @@ def tangent(
     value: Callable[..., tuple[Any, Any]] | None = None,
     beyond: Callable[..., Any] | None = None,
 ) -> Callable[[_F], _F]:
-    """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`."""
+    """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`.
+
+    Parameters
+    ----------
+    functions
+        What the loss calls: a function of torch, or one of your own that `torch.overrides.wrap_torch_function` shows to
+        modes. One that has a rule is refused.
+    kind
+        What the function is; said in reports only.
+    by_output, value, beyond
+        As for `Rule`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hvp, taylor
+    >>> @torch.overrides.wrap_torch_function(lambda x: (x,))
+    ... def cube(x):
+    ...     return Cube.apply(x)  # an autograd.Function, whose inside nobody sees
+    >>> class Cube(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         ctx.save_for_backward(x)
+    ...         return x**3
+    ...     @staticmethod
+    ...     def backward(ctx, g):
+    ...         return 3 * ctx.saved_tensors[0] ** 2 * g
+    >>> @taylor.tangent(cube, kind="elementwise")
+    ... def _cube(t, out, x):
+    ...     return 3 * x**2 * t(x)
+    >>> p = torch.tensor([1.0, 2.0])
+    >>> hvp(lambda p: cube(p).sum(), mode="reverse_over_forward")(p, torch.ones(2))
+    tensor([ 6., 12.])
+    """
 
     def register(push: _F) -> _F:
         _register(functions, Rule(kind, push, by_output, value, beyond))
@@ -137,7 +180,7 @@ def tangent(
 
 
 def written(*functions: Any) -> Callable[[_F], _F]:
-    """Register the decorated function, which computes the same out of functions that have rules."""
+    """Register the decorated function, which computes the same as `functions` out of such that have rules."""
 
     def register(body: _F) -> _F:
         _register(functions, Rule("written", body))
@@ -162,7 +205,7 @@ def _through(function: Any) -> Callable[..., Any]:
             if isinstance(other, Tensor) and not like_another and t(other) is not None:
                 raise NotCoveredError("it is not linear in both")
         term = t(args[0])
-        return None if term is None else function(term, *args[1:], **kwargs)
+        return None if term is None else repaired(t, function)(term, *args[1:], **kwargs)
 
     return push
 
@@ -175,9 +218,16 @@ def jointly_linear(*functions: Any) -> None:
 
 def _through_all(function: Any) -> Callable[..., Any]:
     def push(t: Terms, out: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(*_terms_of(t, args), **{k: _terms_of(t, v) for k, v in kwargs.items()})
+        terms = {key: _terms_of(t, value) for key, value in kwargs.items()}
+        return repaired(t, function)(*_terms_of(t, args), **terms)
 
     return push
+
+
+def repaired(t: Any, function: Any) -> Any:
+    """Return a function as the rules of second order have it."""
+    repair = REPAIRS.get(function)
+    return function if repair is None else partial(repair.apply, t)
 
 
 def _terms_of(t: Terms, value: Any) -> Any:
@@ -190,8 +240,3 @@ def _terms_of(t: Terms, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_terms_of(t, item) for item in value)
     return value
-
-
-def same_derivative(function: Any, as_of: Any) -> None:
-    """Register a function whose rule is that of another."""
-    _register([function], RULES[as_of])

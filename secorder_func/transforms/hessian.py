@@ -53,8 +53,8 @@ def hvp(
     has_aux
         Whether `f` returns something beside the loss. Its tensors come back without derivatives.
     mode
-        `"auto"`, `"reverse_over_forward"`, `"forward_over_reverse"`, `"reverse_over_reverse"` or `"double_backward"`; see
-        `secorder_func.transforms.policy`.
+        `"auto"`, `"reverse_over_forward"`, `"forward_over_reverse"`, `"reverse_over_reverse"` or
+        `"double_backward"`; see `secorder_func.transforms.policy`.
     check_finite
         Whether a product with a NaN or infinite entry is an error; not inside a transform. It looks at every entry.
 

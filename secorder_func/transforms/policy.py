@@ -53,6 +53,7 @@ __all__ = [
 T = TypeVar("T")
 Failures = list[tuple[str, RuntimeError]]
 
+
 def check_mode(mode: str, where: str) -> None:
     """Refuse a mode that is not one of `Mode`."""
     if mode not in get_args(Mode):

@@ -1,12 +1,13 @@
 """Products by one backward pass over our own forward propagation, `reverse_over_forward`.
 
-The loss is evaluated with the term of every tensor along the vector; that of the loss is `df(p)[v]`, and its gradient the
-product. 8/3 gradients by the count of a dense layer, and no second graph.
+The loss is evaluated with the term of every tensor along the vector; that of the loss is `df(p)[v]`, and its gradient
+the product. 8/3 gradients by the count of a dense layer, and no second graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from secorder_func.rules import evaluated
 from secorder_func.rules.levels import JVP, differentiating_levels
+from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import forward_mode_lock, vjp_aux
 from secorder_func.taylor import NotPropagatedError, Propagation
-from secorder_func.transforms.loss import FlatLoss, Leaves
+from secorder_func.transforms.loss import FlatLoss, Leaves, flat_loss
 from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording, to_differentiate
 from secorder_func.transforms.policy import in_transform
+from secorder_func.typing import LossFn, Tree
 
-__all__ = ["by_propagation", "refuse_forward_mode", "with_constants"]
+__all__ = ["RuleKinds", "by_propagation", "refuse_forward_mode", "rule_kinds", "with_constants"]
 
 
 def by_propagation(
@@ -49,9 +52,7 @@ def by_propagation(
     if in_transform():
         (slope, value), pullback, aux = vjp_aux(propagate, loss.leaves)
         (hv,) = pullback((torch.ones_like(slope), torch.zeros_like(value)))
-        found = (
-            pullback((torch.zeros_like(slope), torch.ones_like(value)))[0] if gradient else ()
-        )
+        found = pullback((torch.zeros_like(slope), torch.ones_like(value)))[0] if gradient else ()
         return hv, found, aux
     at = to_differentiate(loss.leaves, differentiable=differentiable)
     with forward_mode_lock(), recording():
@@ -71,7 +72,9 @@ class _DependsOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise RuntimeError("a product cannot be differentiated in a tensor that the function captures")
+        raise RuntimeError(
+            "a product cannot be differentiated in a tensor that the function captures"
+        )
 
 
 def with_constants(leaves: Leaves, constants: Iterable[Tensor]) -> Leaves:
@@ -125,3 +128,67 @@ def _propagated(
         protect=at,
         make=partial(Propagation, pairs, closed=closed),
     )
+
+
+@dataclass(frozen=True)
+class RuleKinds:
+    """Which functions of a loss the first-order term passes, and by what kind of rule.
+
+    Attributes
+    ----------
+    kinds
+        Name of a function -> the kind of its rule, in the order in which the loss called them.
+    missing
+        Why the term got no further; None if it reached the loss.
+    """
+
+    kinds: dict[str, str]
+    missing: str | None
+
+    @property
+    def closed(self) -> bool:
+        """Whether every function has a rule of ours, so that `"auto"` takes `"reverse_over_forward"`."""
+        return self.missing is None and "general" not in self.kinds.values()
+
+
+def rule_kinds(f: LossFn) -> Callable[..., RuleKinds]:
+    """Transform `f` into the report of the rules that `hvp(f, mode="reverse_over_forward")` would take.
+
+    `rule_kinds(f)(params, *args, **kwargs)` evaluates the loss once, and differentiates nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import rule_kinds
+    >>> found = rule_kinds(lambda p: torch.linalg.det(p @ p).tanh())(torch.eye(2))
+    >>> found.kinds, found.closed
+    ({'matmul': 'bilinear', 'linalg_det': 'general', 'tanh': 'elementwise', 'reshape': 'linear'}, False)
+    """
+
+    def report(params: Tree, /, *args: Any, **kwargs: Any) -> RuleKinds:
+        loss = flat_loss(f, params, args, kwargs, has_aux=False, where="rule_kinds")
+        at = to_differentiate(loss.leaves, differentiable=False)
+        made: list[Propagation] = []
+
+        def make(**options: Any) -> Propagation:
+            made.append(Propagation([(leaf, torch.ones_like(leaf)) for leaf in at], **options))
+            return made[-1]
+
+        missing = None
+        state = RandomState.now(at)
+        try:
+            with forward_mode_lock(), recording():
+                evaluated(
+                    lambda rules: loss.plain(at),
+                    forward=False,
+                    higher=False,
+                    protect=at,
+                    make=make,
+                )
+        except NotPropagatedError as error:
+            missing = str(error)
+        state.restore()
+        found = made[-1].kinds.items()
+        return RuleKinds({getattr(g, "__name__", str(g)): kind for g, kind in found}, missing)
+
+    return report

@@ -1,8 +1,7 @@
 """Which functions pass a propagated term by torch's own forward rule, and are right when that is differentiated.
 
-`python -m tests.coverage.propagation` writes `secorder_func/taylor/proven.py`: the functions without a rule of ours
-that were right, or refused, in every case of torch's databases, alone and under vmap, and right in one at least. It takes
-about ten minutes.
+`make proven` writes `secorder_func/taylor/proven.py`: the functions without a rule of ours that were right, or refused,
+in every case of torch's databases, alone and under vmap, and right in one at least. It takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -17,15 +16,27 @@ from typing import Any
 
 import optree
 import torch
+from torch import Tensor
 from torch.overrides import resolve_name
 
 from secorder_func.taylor import general, propagation
-from tests.coverage.entry_points import Verdict, judge, mapped_by_mode, by_mode
+from tests.coverage.entry_points import Verdict, by_mode, judge, mapped_by_mode
 from tests.coverage.further import further_problems
 from tests.coverage.problems import Problem, module_problems, operator_problems
 from tests.coverage.test_databases import UNDEFINED
 
 FILE = Path(general.__file__).with_name("proven.py")
+PAGE = '''\
+"""Functions whose forward rule in torch is right when it is differentiated, by a sweep of torch's databases.
+
+Written by `make proven`; the tests prove each again.
+"""
+
+__all__ = ["NAMES"]
+
+NAMES = (
+{lines})
+'''
 MODE = "reverse_over_forward"
 WAYS = {"alone": by_mode(MODE), "mapped": mapped_by_mode(MODE)}
 
@@ -48,7 +59,8 @@ def everything_allowed() -> Iterator[list[Any]]:
             if "non-empty output" not in str(error):
                 raise
             return func(*args, **kwargs), None  # a question to a tensor, not a function of it
-        used.append(func)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in optree.tree_leaves(found[0])):
+            used.append(func)
         return found
 
     before = propagation.PROVEN
@@ -103,12 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = proven()
     lines = "".join(f'    "{name}",\n' for name in names)
-    FILE.write_text(
-        '"""Functions whose forward rule in torch is right when it is differentiated, by a sweep of torch\'s databases.\n\n'
-        "Written by `make proven`; the tests prove each again.\n"
-        f'"""\n\n__all__ = ["NAMES"]\n\nNAMES = (\n{lines})\n',
-        encoding="utf-8",
-    )
+    FILE.write_text(PAGE.format(lines=lines), encoding="utf-8")
     print(f"{FILE}: {len(names)} functions")
 
 

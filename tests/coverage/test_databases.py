@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from secorder_func.errors import NoExactRouteError
-from tests.coverage.entry_points import ENTRY_POINTS, Verdict, by_mode, judge
+from tests.coverage.entry_points import (
+    ENTRY_POINTS,
+    Verdict,
+    by_mode,
+    judge,
+    mapped_by_mode,
+)
 from tests.coverage.further import (
     FUNCTIONS,
     MODULES,
@@ -27,8 +33,18 @@ from tests.versions import BEFORE_2_10
 # torch's databases warn as they are built, of their own deprecated and beta functions.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MODES = ("forward_over_reverse", "reverse_over_reverse", "double_backward")
-WAYS = {**ENTRY_POINTS, **{mode: by_mode(mode) for mode in MODES}}
+MODES = (
+    "reverse_over_forward",
+    "forward_over_reverse",
+    "reverse_over_reverse",
+    "double_backward",
+)
+PROPAGATED_AND_MAPPED = "propagated and mapped"
+WAYS = {
+    **ENTRY_POINTS,
+    **{mode: by_mode(mode) for mode in MODES},
+    PROPAGATED_AND_MAPPED: mapped_by_mode("reverse_over_forward"),
+}
 
 UNDEFINED = {
     "linalg.norm.subgradients_at_zero": "a norm has no second derivative at zero",
@@ -80,6 +96,52 @@ NOT_MAPPED = {
 """Operators of which `vmap` over the vectors has no rule; an operator's `mm` serves."""
 
 
+NOT_PROPAGATED = {
+    **dict.fromkeys(
+        (
+            "_batch_norm_with_update",
+            "_native_batch_norm_legit",
+            "_softmax_backward_data",
+            "_unsafe_masked_index",
+            "_unsafe_masked_index_put_accumulate",
+            "_upsample_bilinear2d_aa",
+            "cartesian_prod",
+            "cholesky",
+            "cholesky_inverse",
+            "cholesky_solve",
+            "grid_sampler_2d",
+            "grid_sampler_3d",
+            "index_reduce.amax",
+            "index_reduce.amin",
+            "index_reduce.mean",
+            "index_reduce.prod",
+            "linalg.eig",
+            "linalg.eigh",
+            "linalg.eigvals",
+            "linalg.eigvalsh",
+            "max_pool2d_with_indices_backward",
+            "native_dropout_backward",
+            "nn.functional.grid_sample",
+            "ormqr",
+            "slice",
+            "to_sparse",
+            "torch.ops.aten._safe_softmax.default",
+            "triangular_solve",
+        ),
+        "no rule, and none of torch that was proved right",
+    ),
+    "normal": "torch has no forward rule for these arguments",
+    "scatter_reduce.prod": "a wrong forward rule",
+}
+"""Operators that `mode="reverse_over_forward"` refuses, perhaps for some arguments only."""
+
+NOT_PROPAGATED_AND_MAPPED = dict.fromkeys(
+    ("to", "bfloat16", "cdouble", "cfloat", "chalf", "double", "float", "half"),
+    "memory formats count dimensions, of which vmap adds one",
+)
+"""Operators that it refuses under `vmap`."""
+
+
 def check(problems: Iterable[Problem]) -> int:
     """Judge every problem; return how many there were."""
     count, complaints = 0, []
@@ -105,6 +167,10 @@ def _as_expected(subject: str, way: str, verdict: Verdict) -> bool:
         return verdict.right
     if subject in REFUSED:
         return isinstance(verdict.error, (NoExactRouteError, RuntimeError))
+    if way == "reverse_over_forward":
+        return subject in NOT_PROPAGATED and isinstance(verdict.error, NoExactRouteError)
+    if way == PROPAGATED_AND_MAPPED:
+        return subject in {*NOT_PROPAGATED, *NOT_MAPPED, *NOT_PROPAGATED_AND_MAPPED}
     if way == "forward_over_reverse":
         return subject in NOT_FORWARD and isinstance(verdict.error, NoExactRouteError)
     return way == "mapped" and subject in NOT_MAPPED

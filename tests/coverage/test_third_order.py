@@ -26,7 +26,14 @@ from secorder_func.rules import wrong_third
 from tests import oracles
 from tests.coverage.problems import Problem, module_problems, operator_problems
 from tests.coverage.reference import direction, flat
-from tests.coverage.third_order import PROPAGATED, RAW, ROUTES, smooth_direction, third_truth_of, verdict
+from tests.coverage.third_order import (
+    PROPAGATED,
+    RAW,
+    ROUTES,
+    smooth_direction,
+    third_truth_of,
+    verdict,
+)
 
 _g = torch.Generator().manual_seed(0)
 INF = float("inf")

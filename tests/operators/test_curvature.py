@@ -20,7 +20,7 @@ from secorder_func import (
 from tests import oracles, problems
 from tests.operators.kinds import KINDS, dense_of, ggn_of, hessian_of
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 REAL = [
     n for n in problems.BUILDERS if problems.load(n).rtol <= 1e-10 and n != "complex_parameters"
 ]

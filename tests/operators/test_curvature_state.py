@@ -16,7 +16,7 @@ from secorder_func import (
 from tests import oracles, problems
 from tests.operators.kinds import KINDS, dense_of, hessian_of
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 
 
 # -------------------------------------------------------------------------------- safety and state

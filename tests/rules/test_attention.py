@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secorder_func import functional_loss, hvp
 from tests import oracles
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 torch.manual_seed(3)
 S = torch.randn(1, 2, 5, 4, dtype=torch.float64)
 MASK = torch.rand(5, 5) > 0.3

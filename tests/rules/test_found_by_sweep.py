@@ -22,7 +22,7 @@ from secorder_func import (
 from secorder_func.compat.core.hvp import exact_hvp
 from tests import oracles
 
-MODES = ["forward_over_reverse", "reverse_over_reverse", "double_backward"]
+MODES = ["reverse_over_forward", "forward_over_reverse", "reverse_over_reverse", "double_backward"]
 P = torch.tensor([0.5, -1.0, 2.0, 0.3, 1.2, -0.7], dtype=torch.float64)
 V = torch.tensor([1.0, 2.0, -1.0, 0.5, 0.3, -2.0], dtype=torch.float64)
 X = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder_func import ggnvp, hessian_operator, hvp
 from tests import oracles
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 P, V = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 2.0, -1.0]).double()
 
 

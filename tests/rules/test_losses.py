@@ -22,7 +22,7 @@ from secorder_func import (
 from tests import oracles
 from tests.versions import BEFORE_2_10
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 _g = torch.Generator().manual_seed(0)
 X = torch.randn(6, 4, dtype=torch.float64, generator=_g)
 Y = torch.randn(6, dtype=torch.float64, generator=_g)

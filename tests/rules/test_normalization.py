@@ -13,7 +13,7 @@ from torch import Tensor
 from secorder_func import hvp
 from tests import oracles
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 _g = torch.Generator().manual_seed(1)
 X = torch.randn(4, 3, 5, dtype=torch.float64, generator=_g)
 MEAN, VAR = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.5, 1.5, 2.0]).double()

@@ -19,7 +19,7 @@ from secorder_func import (
 )
 from tests import oracles, problems
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 
 
 def _state_after(call: Callable[[], Any]) -> Tensor:

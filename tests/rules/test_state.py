@@ -22,7 +22,7 @@ from secorder_func import (
 from secorder_func.compat.core.hvp import exact_hvp
 from tests import oracles, problems
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 

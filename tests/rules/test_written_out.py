@@ -17,7 +17,7 @@ from torch import Tensor
 from secorder_func import CurvatureFallbackWarning, hvp
 from tests import oracles
 
-MODES: list[Any] = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES: list[Any] = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 
 
 def _rand(*shape: int) -> Tensor:

@@ -14,7 +14,7 @@ from secorder_func import ggnvp, hvp
 from tests import oracles, problems
 from tests.versions import needs_traceable_trees
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 MODELS = problems.model_names()
 DETERMINISTIC = [n for n in MODELS if not problems.load(n).random]
 LINEAR = [n for n in MODELS if problems.load(n).linear]

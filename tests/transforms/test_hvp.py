@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder_func import hvp, hvp_and_grad
 from tests import oracles, problems
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 ALL = list(problems.BUILDERS)
 DOUBLE = [n for n in ALL if problems.load(n).rtol <= 1e-10]
 CLOSED = [n for n in ALL if problems.load(n).hessian is not None]

@@ -14,7 +14,7 @@ from secorder_func import hvp
 from tests import oracles, problems
 from tests.versions import needs_traceable_trees
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 DETERMINISTIC = [
     n for n in problems.BUILDERS if problems.load(n).rtol <= 1e-10 and not problems.load(n).random
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secorder_func import hvp, hvp_and_grad
 
-MODES = ["auto", "forward_over_reverse", "reverse_over_reverse"]
+MODES = ["auto", "reverse_over_forward", "forward_over_reverse", "reverse_over_reverse"]
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.taylor.registry import Terms, forms, jointly_linear, linear, tangent
+from secorder_func.taylor.registry import (
+    Terms,
+    forms,
+    jointly_linear,
+    linear,
+    repaired,
+    tangent,
+)
 
 __all__: list[str] = []
 
@@ -46,8 +53,8 @@ _TRANSFORMS = tuple(
 
 linear(*forms(*_SHAPES, *_COPIES, *_COMPLEX, *_COMPLEX_TOO, *_SUMS, *_SUMS_TOO, *_WINDOWS))
 linear(*(getattr(torch.fft, name) for name in (*_TRANSFORMS, "fftshift", "ifftshift")))
-linear(F.unfold, torch.stft, _TENSOR.stft, torch.istft, _TENSOR.istft, torch.nanmean)
-linear(_TENSOR.nanmean, _TENSOR.__getitem__, _TENSOR.__neg__, _TENSOR.__pos__, _TENSOR.diff)
+linear(torch.stft, _TENSOR.stft, torch.istft, _TENSOR.istft, torch.nanmean)
+linear(_TENSOR.nanmean, _TENSOR.__getitem__)
 linear(*(getattr(_TENSOR, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")))
 
 jointly_linear(
@@ -61,7 +68,7 @@ jointly_linear(
 
 
 @tangent(torch.where, _TENSOR.where, kind="linear", by_output=True)
-def _where(t: Terms, out: Any, first: Tensor, *others: Any, **kwargs: Any) -> Tensor | None:
+def _where(t: Terms, out: Any, first: Tensor, *others: Any, **kwargs: Any) -> Any:
     if first.dtype == torch.bool:
         condition, (input, other) = first, _two(others, kwargs)
     else:
@@ -75,13 +82,13 @@ def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return first, second
 
 
-def _term_or_zero(t: Terms, part: Any, out: Tensor) -> Tensor:
+def _term_or_zero(t: Terms, part: Any, out: Tensor) -> Any:
     term = t(part)
     return out.new_zeros(()) if term is None else term.to(out.dtype)
 
 
 @tangent(*forms("masked_fill", "masked_fill_"), kind="linear", by_output=True)
-def _masked_fill(t: Terms, out: Any, input: Tensor, mask: Tensor, value: Any) -> Tensor | None:
+def _masked_fill(t: Terms, out: Any, input: Tensor, mask: Tensor, value: Any) -> Any:
     term, filled = t(input), t(value)
     if filled is None:
         return None if term is None else term.masked_fill(mask, 0.0)
@@ -89,17 +96,17 @@ def _masked_fill(t: Terms, out: Any, input: Tensor, mask: Tensor, value: Any) ->
 
 
 @tangent(*forms("index_fill", "index_fill_"), kind="linear", by_output=True)
-def _index_fill(t: Terms, out: Any, input: Tensor, dim: int, index: Any, value: Any) -> Tensor:
+def _index_fill(t: Terms, out: Any, input: Tensor, dim: int, index: Any, value: Any) -> Any:
     filled = t(value)
     term = t(input)
     term = torch.zeros_like(input) if term is None else term
-    return term.index_fill(dim, index, 0.0 if filled is None else filled)
+    return repaired(t, torch.index_fill)(term, dim, index, 0.0 if filled is None else filled)
 
 
 @tangent(*forms("scatter", "scatter_"), kind="linear", by_output=True)
 def _scatter(
     t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any
-) -> Tensor:
+) -> Any:
     if kwargs.keys() - {"value"}:
         raise TypeError("scatter with a reduction")
     source = t(src if src is not None else kwargs.get("value"))
@@ -118,22 +125,25 @@ def _scatter_add(t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src
 @tangent(*forms("index_add", "index_add_"), kind="linear", by_output=True)
 def _index_add(
     t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1
-) -> Tensor:
+) -> Any:
     added, term = t(source), _or_zeros(t, input)
-    return term if added is None else term.index_add(dim, index, added.to(term.dtype), alpha=alpha)
+    if added is None:
+        return term
+    added = added.to(term.dtype)
+    return repaired(t, torch.index_add)(term, dim, index, added, alpha=alpha)
 
 
 @tangent(*forms("index_put", "index_put_"), kind="linear", by_output=True)
 def _index_put(
     t: Terms, out: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False
-) -> Tensor:
+) -> Any:
     put = t(values)
     put = torch.zeros_like(values) if put is None else put
     return _or_zeros(t, input).index_put(indices, put, accumulate)
 
 
 @tangent(_TENSOR.__setitem__, kind="linear", by_output=True)
-def _set_item(t: Terms, out: Any, input: Tensor, index: Any, value: Any) -> Tensor:
+def _set_item(t: Terms, out: Any, input: Tensor, index: Any, value: Any) -> Any:
     term = _or_zeros(t, input).clone()
     put = t(value)
     term[index] = 0.0 if put is None else put
@@ -147,17 +157,19 @@ def _copy(t: Terms, out: Any, input: Tensor, src: Tensor, non_blocking: bool = F
 
 
 @tangent(*forms("zero_", "fill_", "fill", "zero"), kind="linear", by_output=True)
-def _fill(t: Terms, out: Any, input: Tensor, value: Any = 0.0) -> Tensor | None:
+def _fill(t: Terms, out: Any, input: Tensor, value: Any = 0.0) -> Any:
     return t(value)
 
 
-def _or_zeros(t: Terms, input: Tensor) -> Tensor:
+def _or_zeros(t: Terms, input: Tensor) -> Any:
     term = t(input)
     return torch.zeros_like(input) if term is None else term
 
 
 @tangent(F.pad, torch.constant_pad_nd, kind="linear")
-def _pad(t: Terms, out: Any, input: Tensor, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
+def _pad(
+    t: Terms, out: Any, input: Tensor, pad: Any, mode: Any = "constant", value: Any = None
+) -> Any:
     return F.pad(t(input), pad, mode if isinstance(mode, str) else "constant")
 
 
