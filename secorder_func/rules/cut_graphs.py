@@ -72,13 +72,6 @@ def _no_second_derivative(name: str) -> str:
 class History:
     """What the plain autograd history below some nodes is made of, from one walk through it.
 
-    Parameters
-    ----------
-    roots
-        Where to begin.
-    since
-        A sequence number, below which nodes are left out with all that is below them.
-
     Attributes
     ----------
     custom
@@ -89,7 +82,7 @@ class History:
         The lowest sequence number, which nodes are given as they are made.
     """
 
-    def __init__(self, roots: Sequence[Any], since: int = 0) -> None:
+    def __init__(self, roots: Sequence[Any]) -> None:
         self.custom: list[Any] = []
         self.kinds: set[str] = set()
         self.oldest = _NEWEST
@@ -99,10 +92,7 @@ class History:
         seen, stack = set(roots), list(roots)
         while stack:  # as `history` does, in line: it is walked for every product
             node = stack.pop()
-            number = node._sequence_nr()
-            if number < since:
-                continue
-            self.oldest = min(self.oldest, number)
+            self.oldest = min(self.oldest, node._sequence_nr())
             types.add(type(node))
             if type(node) not in _ORDINARY:
                 self._sort_out(node)

@@ -31,6 +31,9 @@ def without_inference_tensors(value: Any) -> Any:
     if isinstance(value, Tensor):
         if not value.is_inference():
             return value
+    elif type(value) is list and all(isinstance(item, Tensor) for item in value):
+        if not any(item.is_inference() for item in value):  # without taking a tree apart
+            return value
     elif not any(tensor.is_inference() for tensor in tree.tensors_in(value)):
         return value
 

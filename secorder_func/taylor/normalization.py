@@ -65,7 +65,7 @@ def _layer_norm(
     eps: float = 1e-5,
     *unused: Any,
     **options: Any,
-) -> Tensor | None:
+) -> Any:
     x, w = t(input), t(weight)
     input, mean, rstd, unscaled = pair[1]
     pushed = None
@@ -101,7 +101,7 @@ def _shifted(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _groups(
     t: Terms, more: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
+) -> Any:
     x, w, b = t(input), t(weight), t(bias)
     grouped, shape, mean, rstd, unscaled = more
     pushed = None
@@ -158,7 +158,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *unused: Any,
-) -> Tensor | None:
+) -> Any:
     return _groups(t, pair[1], input, weight, bias)
 
 
@@ -198,7 +198,7 @@ def _instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor | None:
+) -> Any:
     if not use_input_stats:
         return _scaled(t, pair[1], input, weight, bias)
     return _groups(t, pair[1], input, weight, bias)
@@ -237,7 +237,7 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor | None:
+) -> Any:
     if t(running_mean) is not None or t(running_var) is not None:
         raise TypeError("running statistics that are differentiated")
     if not training:
@@ -256,7 +256,7 @@ def _batch_norm(
     return total(pushed, scaled, None if b is None else _channels(b, input.ndim))
 
 
-def _scaled(t: Terms, more: Any, input: Tensor, weight: Any, bias: Any) -> Tensor | None:
+def _scaled(t: Terms, more: Any, input: Tensor, weight: Any, bias: Any) -> Any:
     """Return the term of a tensor standardised by constants."""
     x, w, b = t(input), t(weight), t(bias)
     scale, unscaled = more

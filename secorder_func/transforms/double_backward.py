@@ -58,10 +58,10 @@ class DoubleBackward:
             params,
             create_graph=create_graph,
         )
-        begin = torch._C._autograd._get_sequence_nr()
         self.gradient = self._differentiated()
-        roots = [g.grad_fn for g in self.gradient if g is not None and g.requires_grad]
-        History(roots, since=begin).refuse_cuts()  # the history of the loss was looked at before
+        if self._evaluation.calls_python:  # nodes of torch's own have a derivative or raise
+            roots = [g.grad_fn for g in self.gradient if g is not None and g.requires_grad]
+            History(roots).refuse_cuts()
 
     def _differentiated(self) -> list[Tensor | None]:
         (loss,), history = self._evaluation.outputs, self._evaluation.history
