@@ -12,7 +12,7 @@ TESTED := --doctest-modules --nbmake tests secorder_func README.md docs notebook
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test test-full test-torch coverage-table lint format docs serve notebooks bench bench-quick clean
+.PHONY: help venv demo test test-full test-torch coverage-table proven lint format docs serve notebooks bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ serve: $(VENV)/.dev ## show the site while it is written
 
 coverage-table: $(VENV)/.dev ## write docs/coverage.md: what works by which mode
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage
+
+proven: $(VENV)/.dev ## find the functions whose forward rule in torch may be differentiated
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.propagation
 
 notebooks: $(VENV)/.dev ## run every notebook and store its outputs
 	@$(PYTEST) --nbmake --overwrite notebooks

@@ -24,7 +24,7 @@ from bench import peers, products
 from bench.harness import Candidate, Run, compare, described, gradient, leaves, relative_error
 from bench.jax_twins import jax_several
 from bench.oracles import hessian
-from bench.problems import BIG, PROBLEMS, Problem, problem
+from bench.problems import BIG, TIMED, Problem, problem
 from bench.products import columns, looped
 from secorder_func import hessian_operator
 
@@ -89,7 +89,7 @@ def _measured(p: Problem, count: int, seconds: float) -> dict[str, Any]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every candidate on every problem."""
-    names = ("tiny", "deep") if quick else [name for name in PROBLEMS if name != "small"]
+    names = ("tiny", "deep") if quick else TIMED
     seconds = 1.0 if quick else 15.0
     problems = [_measured(problem(name), 16 if name in BIG else 64, seconds) for name in names]
     return {"question": QUESTION, "notes": NOTES, "problems": problems}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secorder_func import functional_loss
 
-__all__ = ["BIG", "PROBLEMS", "Problem", "problem"]
+__all__ = ["BIG", "PROBLEMS", "TIMED", "Problem", "problem"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,16 @@ def deep() -> Problem:
     return _problem("deep", description, model, torch.randn(32, 32), 4)
 
 
+def deep_wide() -> Problem:
+    """Return 24 layers whose activations take twice the memory of their weights."""
+    layers: list[nn.Module] = []
+    for _ in range(24):
+        layers += [nn.Linear(256, 256), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(256, 10))
+    description = "MLP, 24 layers of width 256, tanh, batch 512"
+    return _problem("deep_wide", description, model, torch.randn(512, 256), 10)
+
+
 def resnet() -> Problem:
     """Return it with running statistics of three batches, in eval: a batch is then a sum over its samples."""
     model = nn.Sequential(
@@ -240,12 +250,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": tiny,
     "small": small,
     "deep": deep,
+    "deep_wide": deep_wide,
     "mlp": mlp,
     "cnn": cnn,
     "resnet": resnet,
     "gpt_tiny": gpt_tiny,
     "gpt": gpt,
 }
+TIMED = tuple(name for name in PROBLEMS if name not in ("small", "deep_wide"))
+"""Those that products are timed on; the others are for the drop-in and for memory."""
 BIG = ("cnn", "resnet", "gpt_tiny", "gpt")
 """Those of which one gradient takes 10 ms or more."""
 

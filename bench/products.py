@@ -25,6 +25,7 @@ __all__ = [
     "compat_hvp",
     "function_of",
     "ggn",
+    "ggn_by_forward_mode",
     "ggn_kept",
     "ggn_made_anew",
     "looped",
@@ -137,6 +138,13 @@ def ggn(p: Problem) -> Product:
     """Return the product by `ggnvp`."""
     model_fn, params = functional_model(p.model)
     product = ggnvp(model_fn, p.loss_fn)
+    return Product(lambda v: product(params, v, p.inputs, p.targets), p.named)
+
+
+def ggn_by_forward_mode(p: Problem) -> Product:
+    """Return the product by `ggnvp` with `J v` by torch's own forward mode."""
+    model_fn, params = functional_model(p.model)
+    product = ggnvp(model_fn, p.loss_fn, mode="forward_over_reverse")
     return Product(lambda v: product(params, v, p.inputs, p.targets), p.named)
 
 

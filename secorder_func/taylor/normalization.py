@@ -99,9 +99,7 @@ def _shifted(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + _channels(bias, out.ndim)
 
 
-def _groups(
-    t: Terms, more: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Any:
+def _groups(t: Terms, more: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
     x, w, b = t(input), t(weight), t(bias)
     grouped, shape, mean, rstd, unscaled = more
     pushed = None

@@ -76,9 +76,10 @@ def ggnvp(
 
     Notes
     -----
-    Costs about two gradients. `model_fn` is evaluated once, so that a dropout mask is the same for `J` and `J^T`.
-    Exact for every loss, not only for squared error and cross-entropy; equal to the Hessian where the model is
-    linear in its parameters.
+    Costs about two gradients: `J v` by forward propagation beside the evaluation of the model. There is one, so that a
+    dropout mask is the same for `J` and `J^T`.
+    Exact for every loss, not only for squared error and cross-entropy; equal to the Hessian where the model is linear in
+    its parameters.
 
     References
     ----------

@@ -1,12 +1,15 @@
 """Which exact route a product takes.
 
+- `"reverse_over_forward"` is one backward pass over our own forward propagation, the fastest, where there are rules
+  for the functions of the loss.
 - `"forward_over_reverse"` is `jvp(grad(f))`, the definition.
 - `"reverse_over_reverse"` is `vjp(grad(f))`, the same product because the Hessian is symmetric.
 - `"double_backward"` is the same by plain autograd, which differentiates some functions that `torch.func` does not;
   not inside one of its transforms.
-- `"auto"`, the default, takes the first; the second where the first has no right rule in torch for some function of
-  the loss, where the product itself is differentiated, and under `torch.compile`, where forward mode would see through
-  a `no_grad` in the loss; the third where that fails too and no transform is active.
+- `"auto"`, the default, takes the first where every function of the loss has a rule of ours, without a word. Else it
+  takes the second; the third where the second has no right rule in torch for some function of the loss, where the
+  product itself is differentiated, and under `torch.compile`, where forward mode would see through a `no_grad` in the
+  loss; double backward where that fails too and no transform is active.
 
 A named mode is used or raises. When no route is left, the loss's own error is raised if it has one, else
 `NoExactRouteError`.

@@ -65,7 +65,8 @@ def exact_hvp(
 
     Notes
     -----
-    Double backward, about three gradients; `vjp(grad(f))` where a part of the loss is compiled. Parameters, their
+    2.5 to 3 gradients, by a backward pass over forward propagation; by double backward where a function of the loss has
+    no rule for that, and below 4096 parameters; `vjp(grad(f))` where a part of the loss is compiled. Parameters, their
     `.grad`, buffers and module attributes are left bit-identical, also when the closure raises; the random state is
     left as one plain evaluation leaves it.
 
