@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.taylor.registry import (
+    NotCoveredError,
     Terms,
     forms,
     jointly_linear,
     linear,
     repaired,
     tangent,
+    written,
 )
 
 __all__: list[str] = []
@@ -22,7 +24,7 @@ __all__: list[str] = []
 _TENSOR: Any = torch.Tensor
 
 _SHAPES = (
-    *("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "view_as"),
+    *("reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "view_as"),
     *("reshape_as", "transpose", "t", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
     *("adjoint", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"),
     *("narrow", "narrow_copy", "select", "select_copy", "unbind", "split", "split_with_sizes"),
@@ -31,13 +33,13 @@ _SHAPES = (
     *("tril", "triu", "flip", "fliplr", "flipud", "roll", "rot90", "contiguous", "clone"),
     *("index_select", "gather", "take", "take_along_dim", "masked_select", "alias_copy"),
     *("unfold_copy", "view_copy", "expand_copy", "permute_copy", "t_copy", "transpose_copy"),
-    *("squeeze_copy", "unsqueeze_copy", "detach_copy", "split_copy", "unbind_copy", "slice_copy"),
-    *("diagonal_copy", "as_strided", "as_strided_copy", "sum_to_size"),
+    *("squeeze_copy", "unsqueeze_copy", "split_copy", "unbind_copy", "slice_copy"),
+    *("diagonal_copy", "sum_to_size"),
 )
 _COPIES = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
 _COMPLEX = ("real", "imag", "view_as_real", "view_as_complex", "conj", "conj_physical")
 _COMPLEX_TOO = ("resolve_conj", "resolve_neg", "chalf", "cfloat", "cdouble")
-_SUMS = ("sum", "mean", "nansum", "cumsum", "trace", "diff", "deg2rad", "rad2deg", "neg")
+_SUMS = ("sum", "mean", "cumsum", "trace", "deg2rad", "rad2deg", "neg")
 _SUMS_TOO = ("negative", "positive", "fftshift", "ifftshift")
 _WINDOWS = (
     *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
@@ -53,18 +55,43 @@ _TRANSFORMS = tuple(
 
 linear(*forms(*_SHAPES, *_COPIES, *_COMPLEX, *_COMPLEX_TOO, *_SUMS, *_SUMS_TOO, *_WINDOWS))
 linear(*(getattr(torch.fft, name) for name in (*_TRANSFORMS, "fftshift", "ifftshift")))
-linear(torch.stft, _TENSOR.stft, torch.istft, _TENSOR.istft, torch.nanmean)
-linear(_TENSOR.nanmean, _TENSOR.__getitem__)
+linear(torch.stft, _TENSOR.stft, torch.istft, _TENSOR.istft)
+linear(_TENSOR.__getitem__)
 linear(*(getattr(_TENSOR, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")))
 
 jointly_linear(
     *forms("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack"),
     *forms("column_stack", "block_diag", "atleast_1d", "atleast_2d", "atleast_3d", "meshgrid"),
-    *forms("broadcast_tensors", "diagonal_scatter", "select_scatter", "slice_scatter"),
-    *forms("masked_scatter", "index_copy", "complex"),
+    *forms("broadcast_tensors", "complex", "diff"),
+)
+jointly_linear(
+    *forms("diagonal_scatter", "select_scatter", "slice_scatter", "masked_scatter", "index_copy"),
     torch.as_strided_scatter,
     _TENSOR.as_strided_scatter,
+    indexed=True,
 )
+
+
+@tangent(_TENSOR.view, kind="linear", by_output=True)
+def _view(t: Terms, out: Any, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
+    if kwargs or any(isinstance(part, torch.dtype) for part in shape):
+        raise NotCoveredError("a view of the bits in another dtype")
+    return t(input).reshape(out.shape)
+
+
+@tangent(*forms("as_strided"), kind="linear")
+def _as_strided(t: Terms, out: Any, input: Tensor, *places: Any, **kwargs: Any) -> Any:
+    term = t(input)
+    if (term.stride(), term.storage_offset()) != (input.stride(), input.storage_offset()) or (
+        term.untyped_storage().nbytes() != input.untyped_storage().nbytes()
+    ):
+        raise NotCoveredError("the term does not lie in memory as its value does")
+    return term.as_strided(*places, **kwargs)
+
+
+@written(*forms("nansum"))
+def _nansum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return torch.where(input.isnan(), 0.0, input).sum(*args, **kwargs)
 
 
 @tangent(torch.where, _TENSOR.where, kind="linear", by_output=True)

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from secorder_func.rules.normalization import float32_under_autocast
 from secorder_func.taylor.products import total
-from secorder_func.taylor.registry import Terms, tangent, written, written_by_repair
+from secorder_func.taylor.registry import (
+    NotCoveredError,
+    Terms,
+    tangent,
+    written,
+    written_by_repair,
+)
 
 __all__: list[str] = []
 
@@ -198,6 +204,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     if not use_input_stats:
+        _refuse_statistics(t, running_mean, running_var)
         return _scaled(t, pair[1], input, weight, bias)
     return _groups(t, pair[1], input, weight, bias)
 
@@ -236,8 +243,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if t(running_mean) is not None or t(running_var) is not None:
-        raise TypeError("running statistics that are differentiated")
+    _refuse_statistics(t, running_mean, running_var)
     if not training:
         return _scaled(t, pair[1], input, weight, bias)
     x, w, b = t(input), t(weight), t(bias)
@@ -252,6 +258,11 @@ def _batch_norm(
         pushed = pushed if weight is None else pushed * _channels(weight, input.ndim)
     scaled = None if w is None else unscaled * _channels(w, input.ndim)
     return total(pushed, scaled, None if b is None else _channels(b, input.ndim))
+
+
+def _refuse_statistics(t: Terms, *statistics: Any) -> None:
+    if any(t(each) is not None for each in statistics):
+        raise NotCoveredError("running statistics that are differentiated")
 
 
 def _scaled(t: Terms, more: Any, input: Tensor, weight: Any, bias: Any) -> Any:

@@ -210,16 +210,19 @@ def _through(function: Any) -> Callable[..., Any]:
     return push
 
 
-def jointly_linear(*functions: Any) -> None:
-    """Register functions that are linear in all their floating tensors together, in lists and tuples too."""
+def jointly_linear(*functions: Any, indexed: bool = False) -> None:
+    """Register functions that are linear in all their tensors together, in lists and tuples too.
+
+    With `indexed`, tensors of integers and booleans are indices and masks; else they are numbers, too.
+    """
     for function in functions:
-        _register([function], Rule("linear", _through_all(function), by_output=True))
+        _register([function], Rule("linear", _through_all(function, indexed), by_output=True))
 
 
-def _through_all(function: Any) -> Callable[..., Any]:
+def _through_all(function: Any, indexed: bool) -> Callable[..., Any]:
     def push(t: Terms, out: Any, *args: Any, **kwargs: Any) -> Any:
-        terms = {key: _terms_of(t, value) for key, value in kwargs.items()}
-        return repaired(t, function)(*_terms_of(t, args), **terms)
+        terms = {key: _terms_of(t, value, indexed) for key, value in kwargs.items()}
+        return repaired(t, function)(*_terms_of(t, args, indexed), **terms)
 
     return push
 
@@ -230,13 +233,13 @@ def repaired(t: Any, function: Any) -> Any:
     return function if repair is None else partial(repair.apply, t)
 
 
-def _terms_of(t: Terms, value: Any) -> Any:
-    """Return an argument with its floating tensors exchanged for their terms, zeros where these are missing."""
+def _terms_of(t: Terms, value: Any, indexed: bool) -> Any:
+    """Return an argument with its tensors exchanged for their terms, zeros where these are missing."""
     if isinstance(value, Tensor):
-        if not (value.is_floating_point() or value.is_complex()):
+        if indexed and not (value.is_floating_point() or value.is_complex()):
             return value
         term = t(value)
         return torch.zeros_like(value) if term is None else term
     if isinstance(value, (list, tuple)):
-        return type(value)(_terms_of(t, item) for item in value)
+        return type(value)(_terms_of(t, item, indexed) for item in value)
     return value

@@ -78,8 +78,8 @@ def ggnvp(
     -----
     Costs about two gradients: `J v` by forward propagation beside the evaluation of the model. There is one, so that a
     dropout mask is the same for `J` and `J^T`.
-    Exact for every loss, not only for squared error and cross-entropy; equal to the Hessian where the model is linear in
-    its parameters.
+    Exact for every loss, not only for squared error and cross-entropy; equal to the Hessian where the model is linear
+    in its parameters.
 
     References
     ----------

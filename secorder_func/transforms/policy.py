@@ -77,6 +77,12 @@ def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
     """
     if mode == "double_backward" and in_transform():
         raise NoExactRouteError(message("mode='double_backward'", _NOT_INSIDE, _OUTSIDE))
+    if mode == "reverse_over_forward" and torch.compiler.is_compiling():
+        raise NoExactRouteError(
+            message(
+                "mode='reverse_over_forward'", "Dynamo does not show its rules the tensors", _AUTO
+            )
+        )
     if mode != "auto":
         return (mode,)
     if torch.compiler.is_compiling():
@@ -88,6 +94,7 @@ def routes_for(mode: Mode, *, outside: bool) -> tuple[Mode, ...]:
 
 
 _NOT_INSIDE = "plain autograd does not work inside vmap, grad, jvp or torch.compile"
+_AUTO = "Take mode='auto' under torch.compile"
 _OUTSIDE = "Call it outside; several vectors go through hessian_operator(...).mm"
 
 

@@ -109,6 +109,16 @@ UNARY: dict[str, Fn] = {
     "l1": lambda x: F.l1_loss(x * x, x.flip(-1), reduction="none"),
     "poisson": lambda x: F.poisson_nll_loss(x, x.abs() + 2, full=True),
     "soft_margin": lambda x: F.soft_margin_loss(x, _mask(x) * 2.0 - 1),
+    "integers among floats": lambda x: (
+        torch.cat([x, torch.ones_like(x, dtype=torch.int64)])
+        * torch.where(_mask(x), x, torch.full_like(x, 3, dtype=torch.int64)).repeat(
+            2, *[1] * (x.ndim - 1)
+        )
+    ),
+    "diff": lambda x: x.diff(dim=-1) + x.diff(dim=-1, prepend=x[..., :1] + 2)[..., 1:],
+    "nansum": lambda x: torch.where(_mask(x), torch.nan, x).nansum(-1) ** 2,
+    "as_strided": lambda x: x.clone().as_strided((2, 2), (2, 1), 0) ** 2,
+    "views of views": lambda x: x.mT.contiguous().view(-1).view(x.mT.shape).mT * x,
     "dtypes": lambda x: (x.float() * x).to(torch.float64) + x.type(torch.float64),
 }
 """On one tensor of two or more dimensions, the last two of length two or more."""

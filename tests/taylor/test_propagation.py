@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from secorder_func import NoExactRouteError, functional_loss, hvp, rule_kinds, taylor
 from secorder_func.compat.core.hvp import exact_hvp
 from secorder_func.rules import evaluated
+from secorder_func.taylor.general import PROVEN
+from secorder_func.taylor.proven import NAMES
 from tests import oracles
 
 P = torch.tensor([0.5, -1.0, 2.0, 0.3, 1.2, -0.7], dtype=torch.float64)
@@ -254,6 +256,24 @@ def test_a_chunk_of_vectors_goes_through_like_each_alone() -> None:
     terms = evaluated(lambda rules: rules(outputs(at)), forward=False, higher=False, make=make)
     J = torch.autograd.functional.jacobian(outputs, w)
     oracles.assert_same(terms, torch.einsum("ijkl,nkl->nij", J, vectors), 1e-12)
+
+
+def test_every_proven_name_is_that_of_a_function_without_a_rule_for_all_of_its_arguments() -> None:
+    for name in NAMES:
+        found: Any = torch
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found)
+        assert found in PROVEN
+
+
+@pytest.mark.slow
+def test_it_is_refused_under_dynamo_by_name() -> None:
+    product = torch.compile(
+        hvp(lambda p: p.pow(3).sum(), mode=MODE), backend="eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="mode='auto'"):
+        product(P, V)
 
 
 # --------------------------------------------------------------------------- rules of the user's
