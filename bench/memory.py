@@ -285,7 +285,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     keys = ("gradient", "hvp", "torch-secorder", "several", "trace") if quick else _ASKED
     problems = [_problem(name, keys) for name in names]
     if not quick:
-        problems.append(_problem("deep_wide", tuple(METHODS)))
+        problems += [_problem(name, tuple(METHODS)) for name in ("deep_tanh", "deep_relu")]
     return {"question": QUESTION, "notes": NOTES, "problems": problems}
 
 

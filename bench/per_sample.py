@@ -32,7 +32,7 @@ from bench.harness import (
 from bench.jax_twins import jax_rows
 from bench.oracles import hessian_rows
 from bench.peers import plain_rows, torch_secorder_rows
-from bench.problems import PROBLEMS, Problem, problem
+from bench.problems import TIMED, Problem, problem
 from bench.products import columns
 from secorder_func import hvp
 
@@ -78,7 +78,7 @@ def _measured(p: Problem, seconds: float) -> dict[str, Any]:
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every candidate on every problem."""
     problems = []
-    for name in ("tiny", "deep") if quick else PROBLEMS:
+    for name in ("tiny", "deep") if quick else ("small", *TIMED):
         p = problem(name)
         if name in ("mlp", "cnn", "resnet", "gpt_tiny", "gpt"):
             p = p.rows(0, 8)

@@ -212,14 +212,22 @@ def deep() -> Problem:
     return _problem("deep", description, model, torch.randn(32, 32), 4)
 
 
-def deep_wide() -> Problem:
+def _deep_wide(name: str, activation: nn.Module) -> Problem:
     """Return 24 layers whose activations take twice the memory of their weights."""
     layers: list[nn.Module] = []
     for _ in range(24):
-        layers += [nn.Linear(256, 256), nn.Tanh()]
+        layers += [nn.Linear(256, 256), activation]
     model = nn.Sequential(*layers, nn.Linear(256, 10))
-    description = "MLP, 24 layers of width 256, tanh, batch 512"
-    return _problem("deep_wide", description, model, torch.randn(512, 256), 10)
+    description = f"MLP, 24 layers of width 256, {activation}, batch 512"
+    return _problem(name, description, model, torch.randn(512, 256), 10)
+
+
+def deep_tanh() -> Problem:
+    return _deep_wide("deep_tanh", nn.Tanh())
+
+
+def deep_relu() -> Problem:
+    return _deep_wide("deep_relu", nn.ReLU())
 
 
 def resnet() -> Problem:
@@ -250,14 +258,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": tiny,
     "small": small,
     "deep": deep,
-    "deep_wide": deep_wide,
+    "deep_tanh": deep_tanh,
+    "deep_relu": deep_relu,
     "mlp": mlp,
     "cnn": cnn,
     "resnet": resnet,
     "gpt_tiny": gpt_tiny,
     "gpt": gpt,
 }
-TIMED = tuple(name for name in PROBLEMS if name not in ("small", "deep_wide"))
+TIMED = tuple(name for name in PROBLEMS if name not in ("small", "deep_tanh", "deep_relu"))
 """Those that products are timed on; the others are for the drop-in and for memory."""
 BIG = ("cnn", "resnet", "gpt_tiny", "gpt")
 """Those of which one gradient takes 10 ms or more."""

@@ -38,7 +38,7 @@ from bench.harness import (
 )
 from bench.jax_twins import jax_trace
 from bench.oracles import trace
-from bench.problems import BIG, PROBLEMS, Problem, problem
+from bench.problems import BIG, TIMED, Problem, problem
 from bench.products import function_of
 from secorder_func import hessian_operator, hutchinson_trace
 
@@ -141,7 +141,7 @@ def _measured(p: Problem, reference: int, seconds: float) -> dict[str, Any]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Return the records of every candidate on every problem."""
-    names = ("tiny", "deep") if quick else [name for name in PROBLEMS if name != "resnet"]
+    names = ("tiny", "deep") if quick else ["small", *(name for name in TIMED if name != "resnet")]
     torch.manual_seed(0)
     problems = [
         _measured(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secorder_func.errors import NoExactRouteError
 from secorder_func.rules import evaluated
 from secorder_func.rules.levels import JVP, differentiating_levels
 from secorder_func.rules.randomness import RandomState
@@ -57,7 +58,8 @@ def by_propagation(
     at = to_differentiate(loss.leaves, differentiable=differentiable)
     with forward_mode_lock(), recording():
         (slope, value), aux = propagate(at)
-        found = _gradient(value, at, differentiable) if gradient else ()
+        found = _gradient(value, at, differentiable, last=False) if gradient else ()
+        del value
         hv = _gradient(slope, at, differentiable)
     hv = with_constants(hv, constants.values())
     return hv, found, tuple(tensor.detach() for tensor in aux)
@@ -92,11 +94,12 @@ def refuse_forward_mode() -> None:
         raise NotPropagatedError("the product is differentiated in forward mode")
 
 
-def _gradient(value: Tensor, at: Leaves, differentiable: bool) -> Leaves:
+def _gradient(value: Tensor, at: Leaves, differentiable: bool, *, last: bool = True) -> Leaves:
+    """Return the gradient; the last one frees the graph as it goes, all of which was made here."""
     if not value.requires_grad:
         return tuple(map(torch.zeros_like, at))
-    options = {"create_graph": differentiable, "retain_graph": True}
-    found = or_zeros(gradients([value], at, **options), at)
+    keep = differentiable or not last
+    found = or_zeros(gradients([value], at, create_graph=differentiable, retain_graph=keep), at)
     return found if differentiable else tuple(leaf.detach() for leaf in found)
 
 
@@ -185,7 +188,7 @@ def rule_kinds(f: LossFn) -> Callable[..., RuleKinds]:
                     protect=at,
                     make=make,
                 )
-        except NotPropagatedError as error:
+        except NoExactRouteError as error:
             missing = str(error)
         state.restore()
         found = made[-1].kinds.items()
