@@ -41,7 +41,6 @@ __all__ = ["Propagation"]
 _IN_PYTHON = (F.__name__, "torch.functional", "torch._tensor")
 """Modules whose functions are written in Python out of others."""
 
-
 _TENSOR: Any = torch.Tensor
 _STOPS = frozenset({torch.detach, _TENSOR.detach, _TENSOR.detach_, _TENSOR.data.__get__})
 """Functions whose result has no derivatives, whatever they are given."""
@@ -81,9 +80,8 @@ class Propagation(SecondOrderRules):
         super().__init__(**options)
         self.several = several
         self.records = record
-        self._closed = (
-            closed or self.higher
-        )  # torch's own rules were proved right for second derivatives
+        # What is proved of torch's own rules is proved for second derivatives.
+        self._closed = closed or self.higher
         self._within = torch._C._are_functorch_transforms_active()
         self._mapped: dict[int, Tensor] | None = None
         self._writing: list[Any] = []
@@ -193,10 +191,11 @@ class Propagation(SecondOrderRules):
             if not self._asks((args, kwargs)):
                 return super()._repaired(func, args, kwargs)
             self.kinds[func] = rule.kind
-            with self.on():
+            with self.on(), _A_VALUE:
                 return rule.push(*args, **kwargs)
         if rule.value is not None and self._asks((args, kwargs)):
-            pair = rule.value(*args, **kwargs)
+            with _A_VALUE:
+                pair = rule.value(*args, **kwargs)
             self.kinds[func] = rule.kind
             self._set_result(pair[0], self._pushed(rule, pair, args, kwargs))
             return pair[0]
@@ -211,15 +210,11 @@ class Propagation(SecondOrderRules):
         carried = list(self._carried((args, kwargs)))
         if not carried:
             return None
-        with recording_if(self.records):
-            try:
-                if not self.several:
-                    return rule.push(self, out, *args, **kwargs)
-                return self._mapping(carried, lambda: rule.push(self, out, *args, **kwargs))
-            except (NotPropagatedError, torch.OutOfMemoryError):
-                raise
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise NotCoveredError(f"a rule does not cover its arguments: {error}") from error
+        recording = nullcontext() if self.records else torch.no_grad()
+        with recording, _A_TERM:
+            if not self.several:
+                return rule.push(self, out, *args, **kwargs)
+            return self._mapping(carried, lambda: rule.push(self, out, *args, **kwargs))
 
     def _carried(self, value: Any) -> Iterator[Tensor]:
         """Yield the tensors in a value that have a term, each once for each time it occurs."""
@@ -330,9 +325,29 @@ class Propagation(SecondOrderRules):
         return target
 
 
-def recording_if(on: bool) -> AbstractContextManager[Any]:
-    """Record inside, as the caller does, or not."""
-    return nullcontext() if on else torch.no_grad()
+class _Covered:
+    """Takes errors of a rule for arguments that it does not cover: an error of the user's own comes again elsewhere.
+
+    A class because a generator's context costs several times as much, at every function.
+    """
+
+    __slots__ = ("_errors",)
+
+    def __init__(self, *errors: type[Exception]) -> None:
+        self._errors = errors
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None or issubclass(kind, (NotPropagatedError, torch.OutOfMemoryError)):
+            return
+        if issubclass(kind, self._errors):
+            raise NotCoveredError(f"a rule does not cover its arguments: {error}") from error
+
+
+_A_VALUE = _Covered(TypeError, ValueError, IndexError)
+_A_TERM = _Covered(RuntimeError, TypeError, ValueError, IndexError)
 
 
 def _forget(known: dict[int, Any], key: int, reference: Any) -> None:
