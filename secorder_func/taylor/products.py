@@ -117,10 +117,10 @@ def _bilinear(product: Callable[..., Tensor], *functions: Any) -> None:
     @tangent(*functions, kind="bilinear")
     def push(t: Terms, out: Any, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Any:
         first, second = t(a), t(b)
-        return total(
-            None if first is None else product(first, b, *args, **kwargs),
-            None if second is None else product(a, second, *args, **kwargs),
-        )
+        if first is None:
+            return product(a, second, *args, **kwargs)
+        pushed = product(first, b, *args, **kwargs)
+        return pushed if second is None else t.summed(pushed, product(a, second, *args, **kwargs))
 
 
 for _name in (
@@ -146,7 +146,7 @@ def _linear(t: Terms, out: Any, input: Tensor, weight: Tensor, bias: Any = None)
         return b if x is None else F.linear(x, weight, b)
     if x is None:
         return F.linear(input, w, b)
-    return F.linear(x, weight) + F.linear(input, w, b)
+    return t.summed(F.linear(input, w, b), F.linear(x, weight))
 
 
 @tangent(F.bilinear, torch.bilinear, kind="bilinear")
@@ -206,7 +206,7 @@ def _convolution(function: Any, *more: Any) -> None:
                 return b.reshape(-1, *[1] * (out.ndim - (2 if out.ndim == input.ndim else 1)))
             return function(x, weight, b, *args, **kwargs)
         moved = function(input, w, b, *args, **kwargs)
-        return moved if x is None else function(x, weight, None, *args, **kwargs) + moved
+        return moved if x is None else t.summed(moved, function(x, weight, None, *args, **kwargs))
 
 
 for _name in (

@@ -111,6 +111,12 @@ class Propagation(SecondOrderRules):
             "TorchScript, a vmap inside the loss) or before the loss"
         )
 
+    def summed(self, fresh: Tensor, other: Tensor, /) -> Tensor:
+        """Return the sum, in the memory of the first, which nobody else has, where that can be."""
+        if self._within or self._mapped is not None or fresh.shape != other.shape:
+            return fresh + other
+        return fresh.add_(other) if fresh.dtype == other.dtype else fresh + other
+
     def set(self, x: Tensor, term: Tensor | None) -> None:
         """Remember the term of a tensor for as long as this lives."""
         key = id(x)

@@ -67,6 +67,9 @@ class Terms(Protocol):
     def __call__(self, x: Any, /) -> Any:
         """Return the first-order term of `x`."""
 
+    def summed(self, fresh: Tensor, other: Tensor, /) -> Tensor:
+        """Return the sum, in the memory of the first, which nobody else has, where that can be."""
+
 
 @dataclass(frozen=True)
 class Rule:

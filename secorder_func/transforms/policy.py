@@ -41,6 +41,7 @@ from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.levels import differentiating_levels, unwrapped
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.registry import WrongForwardRuleError
+from secorder_func.taylor import NotPropagatedError
 from secorder_func.typing import Mode
 
 __all__ = [
@@ -203,8 +204,16 @@ _REPLACE = (
 )
 
 
+_RULE = "Take mode='auto', or give the function a rule with secorder_func.taylor.tangent"
+
+
 def no_exact_route(where: str, failures: Failures, mend: str = _REPLACE) -> NoExactRouteError:
     """Return the error that names what torch said about each route that was tried."""
+    if all(isinstance(error, NotPropagatedError) for _, error in failures):
+        cause = _first_line(failures[0][1])
+        return NoExactRouteError(
+            message(where, f"mode='reverse_over_forward' cannot take this loss: {cause}", _RULE)
+        )
     tried = "; ".join(f"{names}: {cause}" for names, cause in _by_cause(failures))
     if in_transform():
         mend += f". Or try double backward: {_NOT_INSIDE}. {_OUTSIDE}"

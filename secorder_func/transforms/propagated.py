@@ -18,6 +18,7 @@ from secorder_func.errors import NoExactRouteError
 from secorder_func.rules import evaluated
 from secorder_func.rules.levels import JVP, differentiating_levels
 from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.registry import WrongForwardRuleError
 from secorder_func.rules.torch_func import forward_mode_lock, vjp_aux
 from secorder_func.taylor import NotPropagatedError, Propagation
 from secorder_func.transforms.loss import FlatLoss, Leaves, flat_loss
@@ -188,7 +189,7 @@ def rule_kinds(f: LossFn) -> Callable[..., RuleKinds]:
                     protect=at,
                     make=make,
                 )
-        except NoExactRouteError as error:
+        except (NoExactRouteError, WrongForwardRuleError) as error:
             missing = str(error)
         state.restore()
         found = made[-1].kinds.items()
