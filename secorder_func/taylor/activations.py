@@ -86,6 +86,11 @@ def _of_pieces(term: Any, input: Tensor, negative: Any) -> Any:
     return torch.where(input > 0, term, term * negative)
 
 
+def _below(input: Tensor) -> Tensor:
+    """Return what is negative, without a derivative at zero, as torch has it."""
+    return torch.where(input < 0, input, 0.0)
+
+
 @tangent(*forms("leaky_relu"), kind="elementwise")
 def _leaky_relu(
     t: Terms, out: Tensor, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
@@ -95,14 +100,12 @@ def _leaky_relu(
 
 @tangent(F.elu, kind="elementwise")
 def _elu(t: Terms, out: Tensor, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    below = torch.where(input > 0, 0.0, input)
-    return _of_pieces(t(input), input, alpha * below.exp())
+    return _of_pieces(t(input), input, alpha * _below(input).exp())
 
 
 @tangent(*forms("celu"), kind="elementwise")
 def _celu(t: Terms, out: Tensor, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    below = torch.where(input > 0, 0.0, input)
-    return _of_pieces(t(input), input, (below / alpha).exp())
+    return _of_pieces(t(input), input, (_below(input) / alpha).exp())
 
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
@@ -110,8 +113,7 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804
 
 @tangent(*forms("selu"), kind="elementwise")
 def _selu(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
-    below = torch.where(input > 0, 0.0, input)
-    return _SELU_SCALE * _of_pieces(t(input), input, _SELU_ALPHA * below.exp())
+    return _SELU_SCALE * _of_pieces(t(input), input, _SELU_ALPHA * _below(input).exp())
 
 
 @tangent(*forms("prelu"), kind="bilinear")
@@ -128,19 +130,24 @@ def _prelu(t: Terms, out: Tensor, input: Tensor, weight: Tensor) -> Any:
     return total(*parts)
 
 
-@tangent(*forms("rrelu"), kind="elementwise")
-def _rrelu(
-    t: Terms,
-    out: Tensor,
+def _rrelu_value(
     input: Tensor,
     lower: float = 1 / 8,
     upper: float = 1 / 3,
     training: bool = False,
     inplace: bool = False,
-) -> Any:
+) -> tuple[Tensor, Any]:
     if not training:
-        return _of_pieces(t(input), input, (lower + upper) / 2)
-    return _of_pieces(t(input), input, (out / input).detach())
+        slope = (lower + upper) / 2
+        return F.leaky_relu(input, slope), slope
+    slopes = torch.ones_like(input, requires_grad=False)
+    with_noise: Any = _aten.rrelu_with_noise
+    return with_noise(input, slopes, lower, upper, True), slopes
+
+
+@tangent(*forms("rrelu"), kind="elementwise", value=_rrelu_value)
+def _rrelu(t: Terms, pair: tuple[Tensor, Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _of_pieces(t(input), input, pair[1])
 
 
 @tangent(F.hardtanh, kind="elementwise")
@@ -168,7 +175,7 @@ def _hardsigmoid(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) ->
 @tangent(F.hardswish, kind="elementwise")
 def _hardswish(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
     inside = (input / 3 + 0.5).to(input.dtype)
-    slope = torch.where(input < -3, 0.0, torch.where(input <= 3, inside, 1.0))
+    slope = torch.where(input <= -3, 0.0, torch.where(input < 3, inside, 1.0))
     return t(input) * slope
 
 

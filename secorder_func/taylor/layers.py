@@ -57,7 +57,8 @@ def _attention(
         idle = attn_mask.logical_not().all(-1, keepdim=True)
         scores = scores.masked_fill(attn_mask.logical_not() & ~idle, -math.inf)
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        idle = (attn_mask == -math.inf).all(-1, keepdim=True)
+        scores = scores + attn_mask.masked_fill(idle, 0.0)
     shares = F.softmax(scores, -1)
     if idle is not None:
         shares = shares.masked_fill(idle, 0.0)

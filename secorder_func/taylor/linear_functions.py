@@ -96,17 +96,12 @@ def _nansum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @tangent(torch.where, _TENSOR.where, kind="linear", by_output=True)
 def _where(t: Terms, out: Any, first: Tensor, *others: Any, **kwargs: Any) -> Any:
-    if first.dtype == torch.bool:
-        condition, (input, other) = first, _two(others, kwargs)
-    else:
-        input, (condition, other) = first, _two(others, kwargs)
-    parts = [_term_or_zero(t, part, out) for part in (input, other)]
-    return torch.where(condition, *parts)
-
-
-def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    first, second = (*args, *kwargs.values())
-    return first, second
+    names = ("input", "other") if first.dtype == torch.bool else ("condition", "other")
+    given = {**dict(zip(names, others, strict=False)), **kwargs}
+    parts = {"condition": first, "input": first, **given}
+    return torch.where(
+        parts["condition"], *(_term_or_zero(t, parts[name], out) for name in ("input", "other"))
+    )
 
 
 def _term_or_zero(t: Terms, part: Any, out: Tensor) -> Any:

@@ -74,7 +74,7 @@ def _absolute(d: Tensor) -> Any:
 
 @_per_entry("smooth_l1_loss")
 def _smooth_l1(d: Tensor, beta: float = 1.0) -> Any:
-    return d.sign() if beta == 0 else (d / beta).clamp(-1, 1)
+    return d.sign() if beta == 0 else torch.where(d.abs() < beta, d / beta, d.sign())
 
 
 @tangent(F.huber_loss, kind="elementwise")
@@ -173,8 +173,10 @@ def _bce_with_logits(
     return _reduced(each, _reduction(size_average, reduce, reduction))
 
 
-@written(F.binary_cross_entropy)
+@tangent(F.binary_cross_entropy, kind="elementwise")
 def _bce(
+    t: Terms,
+    out: Tensor,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -182,13 +184,17 @@ def _bce(
     reduce: Any = None,
     reduction: str = "mean",
 ) -> Any:
-    if target.size() != input.size():
-        raise ValueError(
-            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
-        )
-    logs = input.log().clamp(min=-100)
-    others = (-input).log1p().clamp(min=-100)
-    each = (target - 1) * others - target * logs
+    first, second = t(input), t(target)
+    if t(weight) is not None:
+        raise NotCoveredError("a weight that is differentiated")
+    # What a share of zero multiplies has no derivative, also where the logarithm has a pole.
+    no, yes = target == 0, target == 1
+    against = torch.where(yes, 0.0, (1 - target) / torch.where(yes, 1.0, 1 - input))
+    for_it = torch.where(no, 0.0, target / torch.where(no, 1.0, input))
+    each: Any = None if first is None else first * (against - for_it)
+    if second is not None:
+        odds = (-input).log1p().clamp(min=-100) - input.log().clamp(min=-100)
+        each = total(each, second * odds)
     each = each if weight is None else each * weight
     return _reduced(each, _reduction(size_average, reduce, reduction))
 

@@ -113,6 +113,8 @@ def _moments(
     input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Any]:
     """Return variance, mean and dimensions, as torch.var understands its arguments."""
+    if kwargs.keys() - {"dim", "unbiased", "keepdim", "correction"}:
+        raise NotCoveredError(f"arguments {sorted(kwargs)}")
     unbiased, keepdim = kwargs.get("unbiased", True), kwargs.get("keepdim", False)
     dim = kwargs.get("dim")
     rest = list(args)
@@ -142,7 +144,13 @@ def _var(input: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @written(*forms("std"))
 def _std(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _moments(input, args, kwargs)[0].sqrt()
+    return _root(_moments(input, args, kwargs)[0])
+
+
+def _root(variance: Tensor) -> Any:
+    """Return the standard deviation, whose derivative torch takes for zero where it is zero."""
+    still = variance == 0
+    return torch.where(still, 0.0, torch.where(still, 1.0, variance).sqrt())
 
 
 @written(torch.var_mean)
@@ -153,4 +161,4 @@ def _var_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]
 @written(torch.std_mean)
 def _std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     variance, mean, _ = _moments(input, args, kwargs)
-    return variance.sqrt(), mean
+    return _root(variance), mean

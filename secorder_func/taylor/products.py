@@ -203,7 +203,7 @@ def _convolution(function: Any, *more: Any) -> None:
         if w is None:
             if x is None:
                 assert b is not None
-                return b.reshape(-1, *[1] * (out.ndim - (2 if out.ndim == input.ndim else 1)))
+                return b.reshape(-1, *[1] * (weight.ndim - 2))
             return function(x, weight, b, *args, **kwargs)
         moved = function(input, w, b, *args, **kwargs)
         return moved if x is None else t.summed(moved, function(x, weight, None, *args, **kwargs))

@@ -44,6 +44,8 @@ _IN_PYTHON = (F.__name__, "torch.functional", "torch._tensor")
 _TENSOR: Any = torch.Tensor
 _STOPS = frozenset({torch.detach, _TENSOR.detach, _TENSOR.detach_, _TENSOR.data.__get__})
 """Functions whose result has no derivatives, whatever they are given."""
+_SET_PART = _TENSOR._backward_hooks.__set__
+"""What torch 2.13 shows a mode in the place of `x.real = ...` and `x.imag = ...`."""
 
 
 class Propagation(SecondOrderRules):
@@ -86,6 +88,7 @@ class Propagation(SecondOrderRules):
         self._mapped: dict[int, Tensor] | None = None
         self._writing: list[Any] = []
         self._is_on = False
+        self._part_assigned = False
         self.known: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
         self.kinds: dict[Any, str] = {}
         self.constants: dict[int, Tensor] = {}
@@ -98,6 +101,8 @@ class Propagation(SecondOrderRules):
         """Return the term of a tensor, None where it is zero."""
         if not isinstance(x, Tensor) or not self._requires(x):
             return None
+        if self._part_assigned:
+            raise NotPropagatedError("the real or imaginary part of a tensor is assigned")
         known = self.known.get(id(x))
         if known is not None and known[0]() is x:
             if self._mapped is not None:
@@ -168,6 +173,8 @@ class Propagation(SecondOrderRules):
             raise NotPropagatedError("a hook in the loss may change what is computed")
         if func is torch.autograd.grad:
             raise NotPropagatedError("the loss takes a gradient itself")
+        if func == _SET_PART:
+            self._part_assigned = True  # an error raised here would be swallowed
         if writes_first(func, args, kwargs):
             return self._write(func, args, kwargs)
         rule = RULES.get(func)
@@ -193,6 +200,7 @@ class Propagation(SecondOrderRules):
     def _by_rule(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        plain, kwargs = kwargs, _spelled(kwargs)
         if rule.kind == "written":
             if not self._asks((args, kwargs)):
                 return super()._repaired(func, args, kwargs)
@@ -205,7 +213,7 @@ class Propagation(SecondOrderRules):
             self.kinds[func] = rule.kind
             self._set_result(pair[0], self._pushed(rule, pair, args, kwargs))
             return pair[0]
-        out = super()._repaired(func, args, kwargs)
+        out = super()._repaired(func, args, plain)
         if self._asks(out):
             self.kinds[func] = rule.kind
             self._set_result(out, self._pushed(rule, out, args, kwargs))
@@ -352,8 +360,17 @@ class _Covered:
             raise NotCoveredError(f"a rule does not cover its arguments: {error}") from error
 
 
-_A_VALUE = _Covered(TypeError, ValueError, IndexError)
-_A_TERM = _Covered(RuntimeError, TypeError, ValueError, IndexError)
+_A_VALUE = _Covered(TypeError, ValueError, LookupError)
+_A_TERM = _Covered(RuntimeError, TypeError, ValueError, LookupError)
+
+_SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def _spelled(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by name as torch spells them, which understands NumPy's names too."""
+    if _SPELLINGS.keys().isdisjoint(kwargs):
+        return kwargs
+    return {_SPELLINGS.get(key, key): value for key, value in kwargs.items()}
 
 
 def _forget(known: dict[int, Any], key: int, reference: Any) -> None:
