@@ -89,6 +89,19 @@ def _as_strided(t: Terms, out: Any, input: Tensor, *places: Any, **kwargs: Any) 
     return term.as_strided(*places, **kwargs)
 
 
+@written(*forms("as_strided_copy"))
+def _as_strided_copy(input: Tensor, *places: Any, **kwargs: Any) -> Any:
+    return torch.as_strided(input, *places, **kwargs).clone()
+
+
+@written(*forms("nanmean"))
+def _nanmean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    there = input.isnan().logical_not()
+    dims = tuple(range(input.ndim)) if dim is None else dim
+    total = torch.where(there, input, 0.0).sum(dims, keepdim, dtype=dtype)
+    return total / there.sum(dims, keepdim)
+
+
 @written(*forms("nansum"))
 def _nansum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return torch.where(input.isnan(), 0.0, input).sum(*args, **kwargs)

@@ -135,10 +135,13 @@ NOT_PROPAGATED = {
 }
 """Operators that `mode="reverse_over_forward"` refuses, perhaps for some arguments only."""
 
-NOT_PROPAGATED_AND_MAPPED = dict.fromkeys(
-    ("to", "bfloat16", "cdouble", "cfloat", "chalf", "double", "float", "half"),
-    "memory formats count dimensions, of which vmap adds one",
-)
+NOT_PROPAGATED_AND_MAPPED = {
+    **dict.fromkeys(
+        ("to", "bfloat16", "cdouble", "cfloat", "chalf", "double", "float", "half"),
+        "memory formats count dimensions, of which vmap adds one",
+    ),
+    "as_strided.partial_views": "reads memory that does not belong to its argument",
+}
 """Operators that it refuses under `vmap`."""
 
 

@@ -194,6 +194,8 @@ torch.set_num_threads(1)
 layers = [nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)]
 f, params = functional_loss(nn.Sequential(*layers), nn.CrossEntropyLoss())
 op = hessian_operator(f, params, torch.randn(256, 512), torch.randint(10, (256,)))
+small = hessian_operator(lambda p: (p**4).sum(), torch.ones(3))
+hutchinson_trace(small, 8, chunk_size=4)  # what torch loads when it maps
 for _ in range(2):
     hutchinson_trace(op, 1)
 before = peak()

@@ -117,6 +117,7 @@ UNARY: dict[str, Fn] = {
     ),
     "diff": lambda x: x.diff(dim=-1) + x.diff(dim=-1, prepend=x[..., :1] + 2)[..., 1:],
     "nansum": lambda x: torch.where(_mask(x), torch.nan, x).nansum(-1) ** 2,
+    "nanmean": lambda x: torch.where(_mask(x), torch.nan, x).nanmean(-1) ** 2,
     "as_strided": lambda x: x.clone().as_strided((2, 2), (2, 1), 0) ** 2,
     "views of views": lambda x: x.mT.contiguous().view(-1).view(x.mT.shape).mT * x,
     "dtypes": lambda x: (x.float() * x).to(torch.float64) + x.type(torch.float64),
