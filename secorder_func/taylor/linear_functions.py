@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.rules.levels import unwrapped
 from secorder_func.taylor.registry import (
     NotCoveredError,
     Terms,
@@ -83,7 +84,7 @@ def _view(t: Terms, out: Any, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
 def _as_strided(t: Terms, out: Any, input: Tensor, *places: Any, **kwargs: Any) -> Any:
     term = t(input)
     if (term.stride(), term.storage_offset()) != (input.stride(), input.storage_offset()) or (
-        term.untyped_storage().nbytes() != input.untyped_storage().nbytes()
+        unwrapped(term).untyped_storage().nbytes() != unwrapped(input).untyped_storage().nbytes()
     ):
         raise NotCoveredError("the term does not lie in memory as its value does")
     return term.as_strided(*places, **kwargs)
