@@ -19,7 +19,7 @@ from secorder_func.rules.dual_norm import is_dual, standardised, standardised_by
 from secorder_func.rules.registry import Rules, repairs, takes_dual_numbers
 from secorder_func.rules.wrong_third import refuse_reverse_of_forward
 
-__all__ = ["float32_under_autocast"]
+__all__ = ["float32_under_autocast", "per_channel"]
 
 _WRONG_THIRD = "third derivatives of the fused kernel are wrong, pytorch#198017"
 _TANGENT_DTYPE = "a half-precision input with a float weight gets float tangents, on which jvp(grad) raises (2.13)"
@@ -67,7 +67,7 @@ def _batch_norm(
     ):
         assert running_mean is not None
         assert running_var is not None
-        return _per_channel(standardised_by(input, running_mean, running_var, eps), weight, bias)
+        return per_channel(standardised_by(input, running_mean, running_var, eps), weight, bias)
     x = _widened(rules, input, weight)
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps).to(
@@ -77,7 +77,7 @@ def _batch_norm(
         return F.batch_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     others = (0, *range(2, input.ndim))
-    return _per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
+    return per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
 
 
 def _has_constants(input: Tensor, *statistics: Tensor | None) -> bool:
@@ -108,7 +108,7 @@ def _instance_norm(
         return F.instance_norm(x, None, None, weight, bias, True, momentum, eps).to(input.dtype)
     F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
     others = tuple(range(2, input.ndim))
-    return _per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
+    return per_channel(_standardised(input, others, eps), weight, bias).to(input.dtype)
 
 
 @repairs(F.group_norm, because=_TANGENT_DTYPE)
@@ -239,7 +239,8 @@ repairs(torch.batch_norm, because=_WRONG_THIRD)(_direct(_batch_norm))
 repairs(torch.instance_norm, because=_WRONG_THIRD)(_direct(_instance_norm))
 
 
-def _per_channel(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def per_channel(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return the channels scaled and shifted."""
     shape: Any = (-1, *[1] * (output.ndim - 2))
     if weight is not None:
         output = output * weight.reshape(shape)

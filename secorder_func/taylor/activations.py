@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder_func.taylor.norms import unreduced
 from secorder_func.taylor.products import total
-from secorder_func.taylor.registry import Terms, forms, tangent, written
+from secorder_func.taylor.registry import (
+    NotCoveredError,
+    Terms,
+    forms,
+    tangent,
+    together,
+    written,
+)
 
-__all__ = ["log_softmax_term"]
+__all__: list[str] = []
 
-_TENSOR: Any = torch.Tensor
 _aten: Any = torch.ops.aten
 
 
@@ -56,13 +63,9 @@ def _mish(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
     return t(input) * (bent + input * (1 - bent * bent) * input.sigmoid())
 
 
-def _softplus_term(term: Any, input: Tensor, beta: float, threshold: float) -> Any:
-    return _aten.softplus_backward(term, input, beta, threshold)
-
-
 @tangent(F.softplus, kind="elementwise")
 def _softplus(t: Terms, out: Tensor, input: Tensor, beta: float = 1, threshold: float = 20) -> Any:
-    return _softplus_term(t(input), input, beta, threshold)
+    return _aten.softplus_backward(t(input), input, beta, threshold)
 
 
 @tangent(F.logsigmoid, kind="elementwise")
@@ -130,24 +133,21 @@ def _prelu(t: Terms, out: Tensor, input: Tensor, weight: Tensor) -> Any:
     return total(*parts)
 
 
-def _rrelu_value(
+@together(*forms("rrelu"), kind="elementwise")
+def _rrelu(
     input: Tensor,
     lower: float = 1 / 8,
     upper: float = 1 / 3,
     training: bool = False,
     inplace: bool = False,
 ) -> tuple[Tensor, Any]:
-    if not training:
-        slope = (lower + upper) / 2
-        return F.leaky_relu(input, slope), slope
-    slopes = torch.ones_like(input, requires_grad=False)
-    with_noise: Any = _aten.rrelu_with_noise
-    return with_noise(input, slopes, lower, upper, True), slopes
-
-
-@tangent(*forms("rrelu"), kind="elementwise", value=_rrelu_value)
-def _rrelu(t: Terms, pair: tuple[Tensor, Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _of_pieces(t(input), input, pair[1])
+    if training:
+        slopes: Any = torch.ones_like(input, requires_grad=False)
+        out = _aten.rrelu_with_noise(input, slopes, lower, upper, True)
+    else:
+        slopes = (lower + upper) / 2
+        out = F.leaky_relu(input, slopes)
+    return out, lambda t: _of_pieces(t(input), input, slopes)
 
 
 @tangent(F.hardtanh, kind="elementwise")
@@ -179,13 +179,8 @@ def _hardswish(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> A
     return t(input) * slope
 
 
-@tangent(F.hardshrink, _TENSOR.hardshrink, torch.hardshrink, kind="elementwise")
-def _hardshrink(t: Terms, out: Tensor, input: Tensor, lambd: float = 0.5) -> Any:
-    return t(input) * (input.abs() > lambd)
-
-
-@tangent(F.softshrink, kind="elementwise")
-def _softshrink(t: Terms, out: Tensor, input: Tensor, lambd: float = 0.5) -> Any:
+@tangent(*forms("hardshrink"), F.softshrink, kind="elementwise")
+def _shrink(t: Terms, out: Tensor, input: Tensor, lambd: float = 0.5) -> Any:
     return t(input) * (input.abs() > lambd)
 
 
@@ -215,50 +210,36 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 # --------------------------------------------------------------------------------- softmax
 
 
-@tangent(F.softmax, torch.softmax, _TENSOR.softmax, torch.special.softmax, kind="symmetric")
+def _term_along(t: Terms, out: Tensor, input: Tensor, dim: Any) -> Tensor:
+    """Return the term of the argument in the dtype of the output."""
+    if dim is None:
+        raise NotCoveredError("along no dimension")
+    term: Tensor = t(input).to(out.dtype)
+    return term
+
+
+@tangent(*forms("softmax"), kind="symmetric")
 def _softmax(
     t: Terms, out: Tensor, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Any:
-    if dim is None:
-        raise TypeError("softmax along no dimension")
-    term = t(input)
-    assert term is not None
-    term = term if term.dtype == out.dtype else term.to(out.dtype)
-    return _aten._softmax_backward_data(term, out, dim, out.dtype)
+    return _aten._softmax_backward_data(_term_along(t, out, input, dim), out, dim, out.dtype)
 
 
 @tangent(F.softmin, kind="symmetric")
-def _softmin(
-    t: Terms, out: Tensor, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None
-) -> Any:
-    return -_softmax(t, out, input, dim, _stacklevel, dtype)
+def _softmin(t: Terms, out: Tensor, input: Tensor, dim: Any = None, *args: Any, **kw: Any) -> Any:
+    return -_softmax(t, out, input, dim)
 
 
-@tangent(
-    F.log_softmax, torch.log_softmax, _TENSOR.log_softmax, torch.special.log_softmax, kind="closed"
-)
+@tangent(*forms("log_softmax"), kind="closed")
 def _log_softmax(
     t: Terms, out: Tensor, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Any:
-    if dim is None:
-        raise TypeError("log_softmax along no dimension")
-    term = t(input)
-    assert term is not None
-    return log_softmax_term(term if term.dtype == out.dtype else term.to(out.dtype), out, dim)
-
-
-def log_softmax_term(term: Tensor, out: Tensor, dim: int) -> Tensor:
-    """Return the term of a log-softmax from that of its input."""
+    term = _term_along(t, out, input, dim)
     return term - (out.exp() * term).sum(dim, keepdim=True)
 
 
 @tangent(*forms("logsumexp"), kind="closed")
 def _logsumexp(t: Terms, out: Tensor, input: Tensor, dim: Any, keepdim: bool = False) -> Any:
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    top = out
-    if input.ndim and not keepdim:
-        for place in sorted(d % input.ndim for d in dims):
-            top = top.unsqueeze(place)
+    top = unreduced(out, input, dim, keepdim)
     shares = (input - torch.where(top.isfinite(), top, 0.0)).exp()
-    term = t(input)
-    return (shares * term).sum(dims, keepdim)
+    return (shares * t(input)).sum(dim, keepdim)

@@ -6,19 +6,19 @@ layer norm multiplies with its Jacobian, and is differentiated rightly once more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.rules.normalization import float32_under_autocast
+from secorder_func.rules.normalization import float32_under_autocast, per_channel
 from secorder_func.taylor.products import total
 from secorder_func.taylor.registry import (
     NotCoveredError,
     Terms,
-    tangent,
+    together,
     written,
     written_by_repair,
 )
@@ -28,15 +28,29 @@ __all__: list[str] = []
 _aten: Any = torch.ops.aten
 
 
-def _core(term: Tensor, input: Tensor, shape: Any, mean: Tensor, rstd: Tensor) -> Tensor:
+def _core(term: Any, input: Tensor, shape: Any, mean: Tensor, rstd: Tensor) -> Any:
     """Return the term of a standardised tensor."""
-    pushed: Tensor = _aten.native_layer_norm_backward(
-        term, input, shape, mean, rstd, None, None, [True, False, False]
+    if term is None:
+        return None
+    return _aten.native_layer_norm_backward(
+        term.to(input.dtype), input, shape, mean, rstd, None, None, [True, False, False]
     )[0]
-    return pushed
 
 
-def _layer_norm_value(
+def _times(core: Any, weight: Tensor | None) -> Any:
+    return core if core is None or weight is None else core * weight
+
+
+def _affine(t: Terms, scaled: Any, unscaled: Tensor, weight: Any, bias: Any, spread: Any) -> Any:
+    """Return the term of `unscaled * weight + bias`, of which that of the first factor is known, and scaled."""
+    w, b = t(weight), t(bias)
+    return total(
+        scaled, None if w is None else unscaled * spread(w), None if b is None else spread(b)
+    )
+
+
+@together(F.layer_norm, torch.layer_norm, kind="symmetric", beyond=written_by_repair)
+def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -45,92 +59,50 @@ def _layer_norm_value(
     *unused: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    dtype = float32_under_autocast(input)
-    if weight is not None and weight.dtype != input.dtype:
-        input = input.to(weight.dtype)
-    unscaled, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), None, None, eps)
+    shape = list(normalized_shape)
+    wide = input if weight is None else input.to(weight.dtype)
+    unscaled, mean, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
     out = unscaled if weight is None else unscaled * weight
     out = out if bias is None else out + bias
-    return out.to(dtype), (input, mean, rstd, unscaled)
+
+    def term(t: Terms) -> Any:
+        scaled = _times(_core(t(input), wide, shape, mean, rstd), weight)
+        return _affine(t, scaled, unscaled, weight, bias, _as_it_is)
+
+    return out.to(float32_under_autocast(input)), term
 
 
-@tangent(
-    F.layer_norm,
-    torch.layer_norm,
-    kind="symmetric",
-    value=_layer_norm_value,
-    beyond=written_by_repair,
-)
-def _layer_norm(
-    t: Terms,
-    pair: tuple[Tensor, Any],
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *unused: Any,
-    **options: Any,
-) -> Any:
-    x, w = t(input), t(weight)
-    input, mean, rstd, unscaled = pair[1]
-    pushed = None
-    if x is not None:
-        pushed = _core(x.to(input.dtype), input, list(normalized_shape), mean, rstd)
-        pushed = pushed if weight is None else pushed * weight
-    return total(pushed, None if w is None else unscaled * w, t(bias))
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter
 
 
-def _channels(parameter: Tensor, ndim: int) -> Tensor:
-    return parameter.reshape(-1, *[1] * (ndim - 2))
+def _channels(ndim: int) -> Callable[[Tensor], Tensor]:
+    """Return what spreads an entry for each channel."""
+    return lambda parameter: parameter.reshape(-1, *[1] * (ndim - 2))
 
 
-def _groups_value(
+def _groups(
     input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Any]:
     """Standardise each of some groups of channels, then scale and shift each channel."""
+    spread = _channels(input.ndim)
+    wide = None if weight is None else spread(weight)
     if not input.numel():
-        return _shifted(input, weight, bias), (None, None, None, None, input)
+        empty = lambda t: _affine(t, _times(t(input), wide), input, weight, bias, spread)  # noqa: E731
+        return per_channel(input, weight, bias), empty
     grouped = input.reshape(input.shape[0], groups, -1)
     shape = [grouped.shape[-1]]
     out, mean, rstd = torch.native_layer_norm(grouped, shape, None, None, eps)
     unscaled = out.reshape(input.shape)
-    return _shifted(unscaled, weight, bias), (grouped, shape, mean, rstd, unscaled)
 
+    def term(t: Terms) -> Any:
+        x = t(input)
+        core = None
+        if x is not None:
+            core = _core(x.reshape(grouped.shape), grouped, shape, mean, rstd).reshape(input.shape)
+        return _affine(t, _times(core, wide), unscaled, weight, bias, spread)
 
-def _shifted(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return the channels scaled and shifted."""
-    if weight is not None:
-        out = out * _channels(weight, out.ndim)
-    return out if bias is None else out + _channels(bias, out.ndim)
-
-
-def _groups(t: Terms, more: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-    x, w, b = t(input), t(weight), t(bias)
-    grouped, shape, mean, rstd, unscaled = more
-    pushed = None
-    if x is not None:
-        pushed = x  # of nothing
-        if grouped is not None:
-            pushed = _core(x.reshape(grouped.shape), grouped, shape, mean, rstd)
-            pushed = pushed.reshape(input.shape)
-        pushed = pushed if weight is None else pushed * _channels(weight, input.ndim)
-    return total(
-        pushed,
-        None if w is None else unscaled * _channels(w, input.ndim),
-        None if b is None else _channels(b, input.ndim),
-    )
-
-
-def _group_norm_value(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *unused: Any,
-) -> tuple[Tensor, Any]:
-    return _groups_value(input, num_groups, weight, bias, eps)
+    return per_channel(unscaled, weight, bias), term
 
 
 def _group_norm_written(
@@ -143,38 +115,42 @@ def _group_norm_written(
 ) -> Tensor:
     grouped = input.reshape(input.shape[0], num_groups, -1)
     out = F.layer_norm(grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
-    return _shifted(out, weight, bias)
+    return per_channel(out, weight, bias)
 
 
-@tangent(
-    F.group_norm,
-    torch.group_norm,
-    kind="symmetric",
-    value=_group_norm_value,
-    beyond=_group_norm_written,
-)
+@together(F.group_norm, torch.group_norm, kind="symmetric", beyond=_group_norm_written)
 def _group_norm(
-    t: Terms,
-    pair: tuple[Tensor, Any],
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *unused: Any,
-) -> Any:
-    return _groups(t, pair[1], input, weight, bias)
+) -> tuple[Tensor, Any]:
+    return _groups(input, num_groups, weight, bias, eps)
 
 
-def _per_channel_value(
+def _by_constants(
     input: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float
 ) -> tuple[Tensor, Any]:
+    """Standardise each channel by running statistics, then scale and shift it."""
+    spread = _channels(input.ndim)
     scale = (var + eps).rsqrt()
-    unscaled = (input - _channels(mean, input.ndim)) * _channels(scale, input.ndim)
-    return _shifted(unscaled, weight, bias), (scale, unscaled)
+    unscaled = (input - spread(mean)) * spread(scale)
+
+    def term(t: Terms) -> Any:
+        if t(mean) is not None or t(var) is not None:
+            raise NotCoveredError("running statistics that are differentiated")
+        scaled = t(input)
+        if scaled is not None:
+            scaled = scaled * spread(scale if weight is None else scale * weight)
+        return _affine(t, scaled, unscaled, weight, bias, spread)
+
+    return per_channel(unscaled, weight, bias), term
 
 
-def _instance_norm_value(
+@together(F.instance_norm, kind="symmetric", beyond=written_by_repair)
+def _instance_norm(
     input: Tensor,
     running_mean: Any = None,
     running_var: Any = None,
@@ -185,31 +161,13 @@ def _instance_norm_value(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Any]:
     if not use_input_stats:
-        return _per_channel_value(input, running_mean, running_var, weight, bias, eps)
+        return _by_constants(input, running_mean, running_var, weight, bias, eps)
     F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
-    return _groups_value(input, input.shape[1], weight, bias, eps)
+    return _groups(input, input.shape[1], weight, bias, eps)
 
 
-@tangent(F.instance_norm, kind="symmetric", value=_instance_norm_value, beyond=written_by_repair)
-def _instance_norm(
-    t: Terms,
-    pair: tuple[Tensor, Any],
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if not use_input_stats:
-        _refuse_statistics(t, running_mean, running_var)
-        return _scaled(t, pair[1], input, weight, bias)
-    return _groups(t, pair[1], input, weight, bias)
-
-
-def _batch_norm_value(
+@together(F.batch_norm, kind="symmetric", beyond=written_by_repair)
+def _batch_norm(
     input: Tensor,
     running_mean: Any,
     running_var: Any,
@@ -220,62 +178,25 @@ def _batch_norm_value(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Any]:
     if not training:
-        return _per_channel_value(input, running_mean, running_var, weight, bias, eps)
+        return _by_constants(input, running_mean, running_var, weight, bias, eps)
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     if not input.numel():
-        return _shifted(input, weight, bias), (None, None, input)
+        return _groups(input, 1, weight, bias, eps)
+    spread = _channels(input.ndim)
     unscaled, mean, rstd = torch.native_batch_norm(
         input, None, None, None, None, True, momentum, eps
     )
-    return _shifted(unscaled, weight, bias), (mean, rstd, unscaled)
 
-
-@tangent(F.batch_norm, kind="symmetric", value=_batch_norm_value, beyond=written_by_repair)
-def _batch_norm(
-    t: Terms,
-    pair: tuple[Tensor, Any],
-    input: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    _refuse_statistics(t, running_mean, running_var)
-    if not training:
-        return _scaled(t, pair[1], input, weight, bias)
-    x, w, b = t(input), t(weight), t(bias)
-    mean, rstd, unscaled = pair[1]
-    pushed = None
-    if x is not None:
-        pushed = x  # of nothing
-        if mean is not None:
-            pushed = _aten.native_batch_norm_backward(
-                x, input, None, None, None, mean, rstd, True, eps, [True, False, False]
+    def term(t: Terms) -> Any:
+        scaled = t(input)
+        if scaled is not None:
+            scaled = _aten.native_batch_norm_backward(
+                scaled, input, None, None, None, mean, rstd, True, eps, [True, False, False]
             )[0]
-        pushed = pushed if weight is None else pushed * _channels(weight, input.ndim)
-    scaled = None if w is None else unscaled * _channels(w, input.ndim)
-    return total(pushed, scaled, None if b is None else _channels(b, input.ndim))
+        scaled = _times(scaled, None if weight is None else spread(weight))
+        return _affine(t, scaled, unscaled, weight, bias, spread)
 
-
-def _refuse_statistics(t: Terms, *statistics: Any) -> None:
-    if any(t(each) is not None for each in statistics):
-        raise NotCoveredError("running statistics that are differentiated")
-
-
-def _scaled(t: Terms, more: Any, input: Tensor, weight: Any, bias: Any) -> Any:
-    """Return the term of a tensor standardised by constants."""
-    x, w, b = t(input), t(weight), t(bias)
-    scale, unscaled = more
-    if x is not None:
-        x = x * _channels(scale if weight is None else scale * weight, input.ndim)
-    return total(
-        x,
-        None if w is None else unscaled * _channels(w, input.ndim),
-        None if b is None else _channels(b, input.ndim),
-    )
+    return per_channel(unscaled, weight, bias), term
 
 
 @written(F.rms_norm, torch.rms_norm)

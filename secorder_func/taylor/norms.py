@@ -10,14 +10,14 @@ from torch import Tensor
 
 from secorder_func.taylor.registry import NotCoveredError, Terms, forms, tangent, written
 
-__all__: list[str] = []
+__all__ = ["unreduced"]
 
 
-def _unsqueezed(out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> Any:
+def unreduced(out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> Any:
     """Return a reduced tensor with the dimensions that it was reduced over, of length one."""
     if keepdim or not input.ndim or out.ndim == input.ndim:
         return out
-    if dim is None:
+    if dim is None or dim == ():
         return out.reshape([1] * input.ndim)
     for place in sorted(d % input.ndim for d in ((dim,) if isinstance(dim, int) else dim)):
         out = out.unsqueeze(place)
@@ -41,7 +41,7 @@ def _vector_norm(
     assert term is not None
     if dtype is not None:
         x, term = x.to(dtype), term.to(dtype)
-    size = _unsqueezed(out, x, dim, keepdim)
+    size = unreduced(out, x, dim, keepdim)
     if ord == 2:
         slope = torch.where(size == 0, 0.0, x / torch.where(size == 0, 1.0, size))
     elif ord == 1:

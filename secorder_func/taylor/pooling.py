@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.taylor.registry import Terms, tangent
+from secorder_func.taylor.registry import Terms, together
 
 __all__: list[str] = []
 
@@ -16,29 +16,23 @@ def _with_indices(name: str, dims: int) -> None:
     pool: Any = getattr(F, name)
     pool_with_indices: Any = getattr(F, f"{name}_with_indices")
 
-    def value(*args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        asked = kwargs.pop("return_indices", False)
-        out, indices = pool_with_indices(*args, **kwargs)
-        return ((out, indices) if asked else out), indices
-
-    def value_with_indices(*args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        out, indices = pool_with_indices(*args, **kwargs)
-        return (out, indices), indices
-
     def taken(t: Terms, indices: Tensor, input: Tensor) -> Any:
-        term = t(input)
-        assert term is not None
-        flat = term.flatten(-dims).gather(-1, indices.flatten(-dims))
+        flat = t(input).flatten(-dims).gather(-1, indices.flatten(-dims))
         return flat.reshape(indices.shape)
 
-    @tangent(pool, kind="closed", value=value)
-    def push(t: Terms, pair: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        term = taken(t, pair[1], input)
-        return (term, None) if isinstance(pair[0], tuple) else term
+    @together(pool_with_indices, kind="closed")
+    def both(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        out, indices = pool_with_indices(input, *args, **kwargs)
+        return (out, indices), lambda t: (taken(t, indices, input), None)
 
-    @tangent(pool_with_indices, kind="closed", value=value_with_indices)
-    def push_with_indices(t: Terms, pair: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return taken(t, pair[1], input), None
+    @together(pool, kind="closed")
+    def alone(
+        input: Tensor, *args: Any, return_indices: bool = False, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if return_indices:
+            return both(input, *args, **kwargs)
+        out, indices = pool_with_indices(input, *args, **kwargs)
+        return out, lambda t: taken(t, indices, input)
 
 
 for _kind in ("max_pool", "adaptive_max_pool"):

@@ -207,28 +207,28 @@ class Propagation(SecondOrderRules):
             self.kinds[func] = rule.kind
             with self.on(), _A_VALUE:
                 return rule.push(*args, **kwargs)
-        if rule.value is not None and self._asks((args, kwargs)):
+        if rule.together and self._asks((args, kwargs)):
             with _A_VALUE:
-                pair = rule.value(*args, **kwargs)
-            self.kinds[func] = rule.kind
-            self._set_result(pair[0], self._pushed(rule, pair, args, kwargs))
-            return pair[0]
-        out = super()._repaired(func, args, plain)
+                out, term_of = rule.push(*args, **kwargs)
+            push = partial(term_of, self)
+        else:
+            out = super()._repaired(func, args, plain)
+            push = partial(rule.push, self, out, *args, **kwargs)
         if self._asks(out):
             self.kinds[func] = rule.kind
-            self._set_result(out, self._pushed(rule, out, args, kwargs))
+            self._set_result(out, self._pushed(push, args, kwargs))
         return out
 
-    def _pushed(self, rule: Rule, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pushed(
+        self, push: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Return the term, or terms, of an output."""
         carried = list(self._carried((args, kwargs)))
         if not carried:
             return None
         recording = nullcontext() if self.records else torch.no_grad()
         with recording, _A_TERM:
-            if not self.several:
-                return rule.push(self, out, *args, **kwargs)
-            return self._mapping(carried, lambda: rule.push(self, out, *args, **kwargs))
+            return self._mapping(carried, push) if self.several else push()
 
     def _carried(self, value: Any) -> Iterator[Tensor]:
         """Yield the tensors in a value that have a term, each once for each time it occurs."""
@@ -325,7 +325,8 @@ class Propagation(SecondOrderRules):
             if self._requires(target):
                 self.set(target, before)
                 self.kinds[func] = rule.kind
-                term = self._pushed(rule, target, given, options) if carried else None
+                push = partial(rule.push, self, target, *given, **options)
+                term = self._pushed(push, given, options) if carried else None
                 rebind(self, target, None if term is None else self._like(target, term))
             return out
         old = target.clone()

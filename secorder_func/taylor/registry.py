@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.errors import NoExactRouteError
+from secorder_func.errors import ArgumentTypeError, NoExactRouteError, message
 from secorder_func.rules.registry import REPAIRS
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "linear",
     "repaired",
     "tangent",
+    "together",
     "written",
     "written_by_repair",
 ]
@@ -81,12 +82,12 @@ class Rule:
         What the function is.
     push
         `(t, out, *args, **kwargs) -> term of out`; for what is written out of other functions
-        `(*args, **kwargs) -> out`, to be evaluated under the propagation.
+        `(*args, **kwargs) -> out`, to be evaluated under the propagation; for what is evaluated together with its term
+        `(*args, **kwargs) -> (out, t -> term of out)`.
     by_output
         Whether the rule needs the output and terms only, so that the function may overwrite its argument.
-    value
-        How to evaluate the function, if what the rule needs beside the output comes with it: `(*args, **kwargs) ->
-        (out, more)`, and `push` is given this pair for `out`.
+    together
+        Whether the function is evaluated by the rule, which needs what comes with the output.
     beyond
         What to evaluate under the propagation where the term is differentiated more than once, if it may not be.
     """
@@ -94,7 +95,7 @@ class Rule:
     kind: Kind
     push: Callable[..., Any]
     by_output: bool = False
-    value: Callable[..., tuple[Any, Any]] | None = None
+    together: bool = False
     beyond: Callable[..., Any] | None = None
 
 
@@ -123,8 +124,12 @@ def forms(*names: str) -> list[Any]:
 
 def _register(functions: Sequence[Any], rule: Rule) -> None:
     for function in dict.fromkeys(functions):
+        if not callable(function):
+            problem = f"functions must be callable, got {type(function).__name__}"
+            raise ArgumentTypeError(message("taylor", problem))
         if function in RULES:
-            raise ValueError(f"two rules for {function}")
+            problem = f"{function} would have two rules"
+            raise ValueError(message("taylor", problem, "Give a rule to a function without one"))
         RULES[function] = rule
         name = getattr(function, "__name__", "")
         for place in (torch, torch.Tensor, F):
@@ -133,13 +138,7 @@ def _register(functions: Sequence[Any], rule: Rule) -> None:
                 IN_PLACE.setdefault(writes, function)
 
 
-def tangent(
-    *functions: Any,
-    kind: Kind = "closed",
-    by_output: bool = False,
-    value: Callable[..., tuple[Any, Any]] | None = None,
-    beyond: Callable[..., Any] | None = None,
-) -> Callable[[_F], _F]:
+def tangent(*functions: Any, kind: Kind = "closed", by_output: bool = False) -> Callable[[_F], _F]:
     """Register the decorated `(t, out, *args, **kwargs) -> term of out` for torch `functions`.
 
     Parameters
@@ -149,7 +148,7 @@ def tangent(
         modes. One that has a rule is refused.
     kind
         What the function is; said in reports only.
-    by_output, value, beyond
+    by_output
         As for `Rule`.
 
     Examples
@@ -176,8 +175,20 @@ def tangent(
     """
 
     def register(push: _F) -> _F:
-        _register(functions, Rule(kind, push, by_output, value, beyond))
+        _register(functions, Rule(kind, push, by_output))
         return push
+
+    return register
+
+
+def together(
+    *functions: Any, kind: Kind = "closed", beyond: Callable[..., Any] | None = None
+) -> Callable[[_F], _F]:
+    """Register the decorated `(*args, **kwargs) -> (out, t -> term of out)`, which evaluates `functions` as well."""
+
+    def register(evaluate: _F) -> _F:
+        _register(functions, Rule(kind, evaluate, together=True, beyond=beyond))
+        return evaluate
 
     return register
 

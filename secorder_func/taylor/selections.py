@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secorder_func.taylor.norms import unreduced
 from secorder_func.taylor.products import total
 from secorder_func.taylor.registry import Terms, forms, tangent
 
@@ -57,13 +58,10 @@ def _taken(term: Any, indices: Tensor, dim: int, keepdim: bool) -> Any:
 
 def _shared(t: Terms, out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> Any:
     """Return the mean of the terms of all entries that are the largest, or smallest."""
-    dims = tuple(range(input.ndim)) if dim is None or dim == () else dim
-    if input.ndim and not keepdim and out.ndim != input.ndim:
-        for place in sorted((dims,) if isinstance(dims, int) else (d % input.ndim for d in dims)):
-            out = out.unsqueeze(place)
-    hits = (input == out).to(input.dtype)
     if not input.ndim:
         return t(input)
+    dims = tuple(range(input.ndim)) if dim is None or dim == () else dim
+    hits = (input == unreduced(out, input, dim, keepdim)).to(input.dtype)
     weights = hits / hits.sum(dims, keepdim=True)
     return (t(input) * weights).sum(dims, keepdim)
 
