@@ -32,8 +32,8 @@ NOTES = (
     "these are at most 128.",
 )
 CANDIDATES = (
-    single("ggnvp", products.ggn),
-    single('ggnvp, mode="forward_over_reverse"', products.ggn_by_forward_mode),
+    single("ggnvp", products.ggn()),
+    single('ggnvp, mode="forward_over_reverse"', products.ggn("forward_over_reverse")),
     single("ggn_operator @ v, made before", products.ggn_kept),
     single("ggn_operator @ v, made anew", products.ggn_made_anew),
     single("compat gauss_newton_product", products.compat_ggn),

@@ -25,7 +25,6 @@ __all__ = [
     "compat_hvp",
     "function_of",
     "ggn",
-    "ggn_by_forward_mode",
     "ggn_kept",
     "ggn_made_anew",
     "looped",
@@ -134,18 +133,15 @@ def compat_hvp(p: Problem) -> Product:
 # -------------------------------------------------------------------------------- Gauss-Newton
 
 
-def ggn(p: Problem) -> Product:
-    """Return the product by `ggnvp`."""
-    model_fn, params = functional_model(p.model)
-    product = ggnvp(model_fn, p.loss_fn)
-    return Product(lambda v: product(params, v, p.inputs, p.targets), p.named)
+def ggn(mode: Any = "auto") -> Factory:
+    """Return the product by `ggnvp` in one mode."""
 
+    def make(p: Problem) -> Product:
+        model_fn, params = functional_model(p.model)
+        product = ggnvp(model_fn, p.loss_fn, mode=mode)
+        return Product(lambda v: product(params, v, p.inputs, p.targets), p.named)
 
-def ggn_by_forward_mode(p: Problem) -> Product:
-    """Return the product by `ggnvp` with `J v` by torch's own forward mode."""
-    model_fn, params = functional_model(p.model)
-    product = ggnvp(model_fn, p.loss_fn, mode="forward_over_reverse")
-    return Product(lambda v: product(params, v, p.inputs, p.targets), p.named)
+    return make
 
 
 def ggn_kept(p: Problem) -> Product:

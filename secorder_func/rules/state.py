@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from secorder_func.rules.distributed import refuse_sharded, without_reducer
 from secorder_func.rules.levels import innermost_is_vmap, unwrapped
 
-__all__ = ["Shadows", "module_attributes_restored"]
+__all__ = ["Shadows", "module_attributes_restored", "storage_of"]
 
 
 class Shadows:
@@ -52,7 +52,7 @@ class Shadows:
         """Remember a captured tensor that the loss uses: the result may be a view of it."""
         # In this order: while torch words an error of a backward pass, looking at grad_fn waits for ever (2.13).
         if not tensor.requires_grad and self.is_captured(tensor):
-            self.captured.setdefault(_storage(tensor), tensor)
+            self.captured.setdefault(storage_of(tensor), tensor)
 
     def note_born(self, result: Any) -> None:
         """Remember a result without gradient history, which no level marks."""
@@ -73,8 +73,8 @@ class Shadows:
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """Return what takes the writes to a tensor: a copy if it is captured, itself if it was made here."""
-        storage = _storage(tensor)
-        if any(storage == _storage(p) for p in self.protected):
+        storage = storage_of(tensor)
+        if any(storage == storage_of(p) for p in self.protected):
             raise RuntimeError(
                 "the loss writes to a parameter in place, so that it is no function of the parameters; "
                 "write to a copy of it instead"
@@ -91,7 +91,7 @@ class Shadows:
 
     def alias(self, tensor: Tensor) -> Tensor | None:
         """Return what stands for a tensor whose memory the loss has written to by another name, None if it has not."""
-        for base, copy in self.written.get(_storage(tensor), ()):
+        for base, copy in self.written.get(storage_of(tensor), ()):
             first, last = _extent(tensor)
             start, end = _extent(base)
             if last < start or end < first:
@@ -114,12 +114,12 @@ class Shadows:
         if id(base) not in self.replaced:
             copy = base.detach().clone() if self.level <= 0 else base.clone()
             self.replaced[id(base)] = (base, copy)
-            self.written.setdefault(_storage(base), []).append((base, copy))
+            self.written.setdefault(storage_of(base), []).append((base, copy))
             self.note_born(copy)
         return self.replaced[id(base)][1]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """Return what tensors with one memory have in common."""
     tensor = unwrapped(tensor)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secorder_func.rules.levels import unwrapped
+from secorder_func.rules.state import storage_of
 from secorder_func.rules.writes import asks_in_place, not_in_place
 from secorder_func.taylor.registry import IN_PLACE, RULES, NotPropagatedError, Rule
 
@@ -39,17 +39,19 @@ def as_out_of_place(
 def rebind(t: Any, target: Tensor, term: Tensor | None) -> None:
     """Make `term` the term of a tensor that was written to, and of what shares its memory."""
     known = t.known
-    here = _memory(target)
+    here = storage_of(target)
     others = [
         (tensor, its)
         for reference, its in list(known.values())
-        if (tensor := reference()) is not None and tensor is not target and _memory(tensor) == here
+        if (tensor := reference()) is not None
+        and tensor is not target
+        and storage_of(tensor) == here
     ]
     base = target._base
     if base is None and not others:
         t.set(target, term)
         return
-    old = t.known[id(target)][1] if id(target) in known else None
+    old = known[id(target)][1] if id(target) in known else None
     if old is None:
         old = _zeros_of(t, target, others)
     if not _mirrors(t, target, old, others):
@@ -87,13 +89,13 @@ def _mirrors(
     """Say whether exactly the terms of what shares the memory of a tensor share that of its term, alike."""
     if t.several or _place(term) != _place(target):
         return False
-    here, shift = _memory(term), term.storage_offset() - target.storage_offset()
+    here, shift = storage_of(term), term.storage_offset() - target.storage_offset()
     same = {id(tensor) for tensor, _ in others}
     for reference, its in list(t.known.values()):
         tensor = reference()
         if tensor is None or tensor is target:
             continue
-        shares = its is not None and _memory(its) == here
+        shares = its is not None and storage_of(its) == here
         if shares != (id(tensor) in same):
             return False
         if shares and (
@@ -101,10 +103,6 @@ def _mirrors(
         ):
             return False
     return True
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(unwrapped(tensor).untyped_storage()._cdata)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,26 +11,61 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func.rules.levels import unwrapped
+from secorder_func.taylor.losses import reduced
 from secorder_func.taylor.registry import written
 
 __all__: list[str] = []
+
+
+def _dropped(input: Tensor, p: float, train: bool, drop: Callable[[], Any]) -> Any:
+    """Return what `drop` does where something is dropped, and something kept."""
+    if not train or p == 0.0:
+        return input
+    return input * torch.zeros_like(input) if p == 1.0 else drop()
+
+
+def _kept(input: Tensor, p: float) -> Tensor:
+    """Return ones and zeros for the entries, in the order in which a plain evaluation draws them."""
+    return torch.empty_like(unwrapped(input), requires_grad=False).bernoulli_(1 - p)
+
+
+def _kept_channels(input: Tensor, p: float) -> Tensor:
+    """Return a one or a zero for each channel of each sample, as torch draws them."""
+    shape = (*input.shape[:2], *[1] * (input.ndim - 2))
+    plain = unwrapped(input)
+    return torch.empty(shape, dtype=plain.dtype, device=plain.device).bernoulli_(1 - p)
 
 
 @written(F.dropout)
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or p == 0.0:
-        return input
-    return input * _mask(input, p)
+    return _dropped(input, p, training, lambda: input * _kept(input, p).div_(1 - p))
 
 
-def _mask(input: Tensor, p: float) -> Any:
-    """Return the mask that a plain evaluation draws."""
-    if p == 1.0:
-        return torch.zeros_like(input)
-    mask = torch.empty_like(unwrapped(input), requires_grad=False)
-    return mask.bernoulli_(1 - p).div_(1 - p)
+@written(torch.feature_dropout)
+def _feature_dropout(input: Tensor, p: float, train: bool) -> Any:
+    return _dropped(input, p, train, lambda: input * _kept_channels(input, p).div_(1 - p))
+
+
+_ALPHA = 1.7580993408473766
+
+
+def _alpha(input: Tensor, kept: Tensor, p: float) -> Any:
+    """Return an affine function of what is kept, with mean and variance as before."""
+    a = 1 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
+    b = kept.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
+    return input * kept.mul(a) + b
+
+
+@written(torch.alpha_dropout)
+def _alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
+    return _dropped(input, p, train, lambda: _alpha(input, _kept(input, p), p))
+
+
+@written(torch.feature_alpha_dropout)
+def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
+    return _dropped(input, p, train, lambda: _alpha(input, _kept_channels(input, p), p))
 
 
 @written(F.scaled_dot_product_attention)
@@ -67,55 +103,6 @@ def _attention(
     return torch.matmul(shares, value)
 
 
-# ------------------------------------------------------------------------ other kinds of dropout
-
-
-def _channels_mask(input: Tensor, p: float) -> Any:
-    """Return one entry of a mask for each channel of each sample, as torch draws them."""
-    shape = (*input.shape[:2], *[1] * (input.ndim - 2))
-    plain = unwrapped(input)
-    noise = torch.empty(shape, dtype=plain.dtype, device=plain.device)
-    return noise.bernoulli_(1 - p)
-
-
-@written(torch.feature_dropout)
-def _feature_dropout(input: Tensor, p: float, train: bool) -> Any:
-    if not train or p == 0.0:
-        return input
-    if p == 1.0:
-        return input * torch.zeros_like(input)
-    return input * _channels_mask(input, p).div_(1 - p)
-
-
-_ALPHA = 1.7580993408473766
-
-
-def _alpha(input: Tensor, noise: Tensor, p: float) -> Any:
-    """Return an affine function of what is kept, with mean and variance as before."""
-    a = 1 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
-    b = noise.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
-    return input * noise.mul(a) + b
-
-
-@written(torch.alpha_dropout)
-def _alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
-    if not train or p == 0.0:
-        return input
-    if p == 1.0:
-        return input * torch.zeros_like(input)
-    noise = torch.empty_like(unwrapped(input), requires_grad=False).bernoulli_(1 - p)
-    return _alpha(input, noise, p)
-
-
-@written(torch.feature_alpha_dropout)
-def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Any:
-    if not train or p == 0.0:
-        return input
-    if p == 1.0:
-        return input * torch.zeros_like(input)
-    return _alpha(input, _channels_mask(input, p), p)
-
-
 # ------------------------------------------------------------------------- distances and their losses
 
 
@@ -134,25 +121,18 @@ def _pairwise_distance(
     return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
 
 
-def _reduced(each: Tensor, reduction: Any) -> Any:
-    """Reduce as a name or one of torch's numbers for it says."""
-    if reduction in ("none", 0):
-        return each
-    return each.mean() if reduction in ("mean", 1) else each.sum()
-
-
 @written(torch.margin_ranking_loss)
 def _margin_ranking(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: Any = 1
 ) -> Any:
-    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
+    return reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
 
 
 @written(torch.hinge_embedding_loss)
 def _hinge_embedding(input: Tensor, target: Tensor, margin: float = 1.0, reduction: Any = 1) -> Any:
     apart = torch.where(target != 1, (margin - input).clamp_min(0), 0.0)
     together = torch.where(target != -1, input, 0.0)
-    return _reduced(apart + together, reduction)
+    return reduced(apart + together, reduction)
 
 
 @written(torch.cosine_embedding_loss)
@@ -165,7 +145,7 @@ def _cosine_embedding(
     second = (input2 * input2).sum(dim) + small
     cosine = (input1 * input2).sum(dim) / (first * second).sqrt()
     apart = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
-    return _reduced(torch.where(target == 1, 1 - cosine, 0.0) + apart, reduction)
+    return reduced(torch.where(target == 1, 1 - cosine, 0.0) + apart, reduction)
 
 
 @written(torch.triplet_margin_loss)
@@ -183,7 +163,7 @@ def _triplet(
     far = F.pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
-    return _reduced((margin + near - far).clamp_min(0), reduction)
+    return reduced((margin + near - far).clamp_min(0), reduction)
 
 
 @written(F.affine_grid, torch.affine_grid_generator)

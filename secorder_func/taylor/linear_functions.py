@@ -134,9 +134,8 @@ def _masked_fill(t: Terms, out: Any, input: Tensor, mask: Tensor, value: Any) ->
 @tangent(*forms("index_fill", "index_fill_"), kind="linear", by_output=True)
 def _index_fill(t: Terms, out: Any, input: Tensor, dim: int, index: Any, value: Any) -> Any:
     filled = t(value)
-    term = t(input)
-    term = torch.zeros_like(input) if term is None else term
-    return repaired(t, torch.index_fill)(term, dim, index, 0.0 if filled is None else filled)
+    filled = 0.0 if filled is None else filled
+    return repaired(t, torch.index_fill)(t.or_zeros(input), dim, index, filled)
 
 
 @tangent(*forms("scatter", "scatter_"), kind="linear", by_output=True)
@@ -148,13 +147,13 @@ def _scatter(
     source = t(src if src is not None else kwargs.get("value"))
     if source is None:
         source = torch.zeros_like(src) if isinstance(src, Tensor) else 0.0
-    return _or_zeros(t, input).scatter(dim, index, source)
+    return t.or_zeros(input).scatter(dim, index, source)
 
 
 @tangent(*forms("scatter_add", "scatter_add_"), kind="linear", by_output=True)
 def _scatter_add(t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src: Tensor) -> Any:
     source = t(src)
-    term = _or_zeros(t, input)
+    term = t.or_zeros(input)
     return term if source is None else term.scatter_add(dim, index, source)
 
 
@@ -162,7 +161,7 @@ def _scatter_add(t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, src
 def _index_add(
     t: Terms, out: Any, input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1
 ) -> Any:
-    added, term = t(source), _or_zeros(t, input)
+    added, term = t(source), t.or_zeros(input)
     if added is None:
         return term
     added = added.to(term.dtype)
@@ -173,14 +172,12 @@ def _index_add(
 def _index_put(
     t: Terms, out: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False
 ) -> Any:
-    put = t(values)
-    put = torch.zeros_like(values) if put is None else put
-    return _or_zeros(t, input).index_put(indices, put, accumulate)
+    return t.or_zeros(input).index_put(indices, t.or_zeros(values), accumulate)
 
 
 @tangent(_TENSOR.__setitem__, kind="linear", by_output=True)
 def _set_item(t: Terms, out: Any, input: Tensor, index: Any, value: Any) -> Any:
-    term = _or_zeros(t, input).clone()
+    term = t.or_zeros(input).clone()
     put = t(value)
     term[index] = 0.0 if put is None else put
     return term
@@ -195,11 +192,6 @@ def _copy(t: Terms, out: Any, input: Tensor, src: Tensor, non_blocking: bool = F
 @tangent(*forms("zero_", "fill_", "fill", "zero"), kind="linear", by_output=True)
 def _fill(t: Terms, out: Any, input: Tensor, value: Any = 0.0) -> Any:
     return t(value)
-
-
-def _or_zeros(t: Terms, input: Tensor) -> Any:
-    term = t(input)
-    return torch.zeros_like(input) if term is None else term
 
 
 @tangent(F.pad, torch.constant_pad_nd, kind="linear")

@@ -13,7 +13,7 @@ from torch import Tensor
 from secorder_func.taylor.products import total
 from secorder_func.taylor.registry import NotCoveredError, Terms, linear, tangent, written
 
-__all__: list[str] = []
+__all__ = ["reduced"]
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 
@@ -26,10 +26,17 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> str:
     return str(_OF(size_average, reduce, emit_warning=False))
 
 
-def _reduced(each: Tensor, reduction: str) -> Any:
-    if reduction == "none":
+def reduced(each: Tensor, reduction: Any) -> Any:
+    """Reduce as a name, or one of torch's numbers for it, says."""
+    if reduction in ("none", 0):
         return each
-    return each.mean() if reduction == "mean" else each.sum()
+    return each.mean() if reduction in ("mean", 1) else each.sum()
+
+
+def _change(t: Terms, input: Tensor, target: Tensor) -> Any:
+    """Return the term of their difference."""
+    first, second = t(input), t(target)
+    return total(first, None if second is None else -second)
 
 
 def _per_entry(name: str) -> Callable[[_F], _F]:
@@ -48,14 +55,10 @@ def _per_entry(name: str) -> Callable[[_F], _F]:
             *args: Any,
             **options: Any,
         ) -> Any:
-            weight = options.pop("weight", None)
-            first, second = t(input), t(target)
-            change: Any = total(first, None if second is None else -second)
-            each = change * slope(input - target, *args, **options)
-            reduction = _reduction(size_average, reduce, reduction)
-            if weight is not None:
+            if options.pop("weight", None) is not None:
                 raise NotCoveredError("a weight")
-            return _reduced(each, reduction)
+            each = _change(t, input, target) * slope(input - target, *args, **options)
+            return reduced(each, _reduction(size_average, reduce, reduction))
 
         return slope
 
@@ -89,10 +92,7 @@ def _huber(
 ) -> Any:
     if weight is not None:
         raise NotCoveredError("a weight")
-    first, second = t(input), t(target)
-    change = total(first, None if second is None else -second)
-    assert change is not None
-    return _reduced(change * (input - target).clamp(-delta, delta), reduction)
+    return reduced(_change(t, input, target) * (input - target).clamp(-delta, delta), reduction)
 
 
 linear(F.nll_loss)
@@ -170,7 +170,7 @@ def _bce_with_logits(
     else:
         each = (1 - target) * input - (1 + (pos_weight - 1) * target) * logs
     each = each if weight is None else each * weight
-    return _reduced(each, _reduction(size_average, reduce, reduction))
+    return reduced(each, _reduction(size_average, reduce, reduction))
 
 
 @tangent(F.binary_cross_entropy, kind="elementwise")
@@ -196,7 +196,7 @@ def _bce(
         odds = (-input).log1p().clamp(min=-100) - input.log().clamp(min=-100)
         each = total(each, second * odds)
     each = each if weight is None else each * weight
-    return _reduced(each, _reduction(size_average, reduce, reduction))
+    return reduced(each, _reduction(size_average, reduce, reduction))
 
 
 @written(F.kl_div)
@@ -215,7 +215,7 @@ def _kl_div(
         each = entropy - target * input
     if reduction == "batchmean":
         return each.sum() / input.shape[0] if input.ndim else each.sum()
-    return _reduced(each, _reduction(size_average, reduce, reduction))
+    return reduced(each, _reduction(size_average, reduce, reduction))
 
 
 @written(F.poisson_nll_loss)
@@ -233,7 +233,7 @@ def _poisson_nll(
     if full:
         stirling = target * target.log() - target + 0.5 * (2 * math.pi * target).log()
         each = each + torch.where(target > 1, stirling, 0.0)
-    return _reduced(each, _reduction(size_average, reduce, reduction))
+    return reduced(each, _reduction(size_average, reduce, reduction))
 
 
 @written(F.soft_margin_loss)
@@ -244,4 +244,4 @@ def _soft_margin(
     reduce: Any = None,
     reduction: str = "mean",
 ) -> Any:
-    return _reduced(-F.logsigmoid(input * target), _reduction(size_average, reduce, reduction))
+    return reduced(-F.logsigmoid(input * target), _reduction(size_average, reduce, reduction))

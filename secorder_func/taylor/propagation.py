@@ -116,6 +116,11 @@ class Propagation(SecondOrderRules):
             "TorchScript, a vmap inside the loss) or before the loss"
         )
 
+    def or_zeros(self, x: Tensor, /) -> Tensor:
+        """Return the term of a tensor, zeros where it is zero."""
+        term: Tensor | None = self(x)
+        return torch.zeros_like(x) if term is None else term
+
     def summed(self, fresh: Tensor, other: Tensor, /) -> Tensor:
         """Return the sum, in the memory of the first, which nobody else has, where that can be."""
         if self._within or self._mapped is not None or fresh.shape != other.shape:
@@ -183,9 +188,9 @@ class Propagation(SecondOrderRules):
         if rule is not None:
             try:
                 return self._by_rule(rule, func, args, kwargs)
-            except NotCoveredError:
-                if self._closed:
-                    raise
+            except NotCoveredError as error:
+                if self._closed or func not in PROVEN:
+                    raise NotCoveredError(f"{_name(func)}: {error}") from error
                 return self._by_torch(func, args, kwargs)
         if func in REPAIRS and func not in self._writing:
             with self._writing_out(func):

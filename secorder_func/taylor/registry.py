@@ -68,6 +68,9 @@ class Terms(Protocol):
     def __call__(self, x: Any, /) -> Any:
         """Return the first-order term of `x`."""
 
+    def or_zeros(self, x: Tensor, /) -> Tensor:
+        """Return the first-order term of `x`, zeros where it is zero."""
+
     def summed(self, fresh: Tensor, other: Tensor, /) -> Tensor:
         """Return the sum, in the memory of the first, which nobody else has, where that can be."""
 
@@ -252,8 +255,7 @@ def _terms_of(t: Terms, value: Any, indexed: bool) -> Any:
     if isinstance(value, Tensor):
         if indexed and not (value.is_floating_point() or value.is_complex()):
             return value
-        term = t(value)
-        return torch.zeros_like(value) if term is None else term
+        return t.or_zeros(value)
     if isinstance(value, (list, tuple)):
         return type(value)(_terms_of(t, item, indexed) for item in value)
     return value

@@ -18,7 +18,7 @@ from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.rules.torch_func import forward_mode_lock, grad, jvp, jvp_aux, vjp, vjp_aux
 from secorder_func.taylor import Propagation
 from secorder_func.transforms.finite import refuse_non_finite, require_values
-from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar
+from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar, exchanged
 from secorder_func.transforms.plain_autograd import paired, pull, recording, to_differentiate
 from secorder_func.transforms.plain_jacobian import GGNDoubleBackward
 from secorder_func.transforms.policy import (
@@ -31,6 +31,7 @@ from secorder_func.transforms.policy import (
 )
 from secorder_func.transforms.propagated import (
     by_propagation,
+    evaluated_with_terms,
     refuse_forward_mode,
     with_constants,
 )
@@ -160,15 +161,11 @@ class FlatModel:
                 lambda rules: self.plain_outputs(rules, leaves),
                 forward=forward,
                 higher=higher,
-                exchange=self.exchange(leaves),
+                exchange=exchanged(self.originals, leaves),
                 protect=leaves,
             )
 
         return outputs
-
-    def exchange(self, leaves: Leaves) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the pairs to exchange by identity in a closure."""
-        return None if self.originals is None else list(zip(self.originals, leaves, strict=True))
 
     def plain_outputs(self, rules: SecondOrderRules, leaves: Leaves) -> tuple[Leaves, Leaves]:
         """Return differentiable tensors of the outputs and the other tensors, under the rules that are in force."""
@@ -269,24 +266,19 @@ def ggn_propagated(
     constants: dict[int, Tensor] = {}
 
     def outputs_and_terms(at: Leaves) -> tuple[Leaves, tuple[Leaves, Leaves]]:
-        def evaluate(rules: Any) -> tuple[Leaves, tuple[Leaves, Leaves]]:
-            smooth, others = model.plain_outputs(rules, at)
-            found = [rules(z) for z in smooth]
-            constants.update(rules.constants)
-            terms = tuple(
-                torch.zeros_like(z) if term is None else term
-                for z, term in zip(smooth, found, strict=True)
-            )
-            return smooth, (terms, others)
+        def evaluate(terms: Propagation) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+            smooth, others = model.plain_outputs(terms, at)
+            constants.update(terms.constants)
+            return smooth, (tuple(map(terms.or_zeros, smooth)), others)
 
-        pairs = list(zip(at, vector, strict=True))
-        return evaluated(
+        return evaluated_with_terms(
             evaluate,
-            forward=False,
+            at,
+            vector,
+            exchange=exchanged(model.originals, at),
+            closed=closed,
             higher=differentiable,
-            exchange=model.exchange(at),
-            protect=at,
-            make=partial(Propagation, pairs, closed=closed, record=differentiable),
+            record=differentiable,
         )
 
     if in_transform():

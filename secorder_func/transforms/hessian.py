@@ -103,7 +103,9 @@ def hvp(
     check_mode(mode, "hvp")
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:
-        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, check_finite, "hvp")
+        loss, result = _product(
+            f, params, v, args, kwargs, has_aux, mode, check_finite, "hvp", False
+        )
         hv = loss.unflatten(result.hv)
         return (hv, loss.aux(result.aux)) if has_aux else hv
 
@@ -129,7 +131,9 @@ def hvp_and_grad(
 
     def product(params: Tree, v: Tree, /, *args: Any, **kwargs: Any) -> Any:
         where = "hvp_and_grad"
-        loss, result = _product(f, params, v, args, kwargs, has_aux, mode, check_finite, where)
+        loss, result = _product(
+            f, params, v, args, kwargs, has_aux, mode, check_finite, where, True
+        )
         both = (loss.unflatten(result.hv), loss.unflatten(result.gradient))
         return (both, loss.aux(result.aux)) if has_aux else both
 
@@ -154,6 +158,7 @@ def _product(
     mode: Mode,
     check_finite: bool,
     where: str,
+    with_gradient: bool,
 ) -> tuple[FlatLoss, Product]:
     if check_finite:
         require_values(where)
@@ -162,7 +167,7 @@ def _product(
     vector = tuple(tree.flatten(without_inference_tensors(v))[0])
     outside = differentiated_outside(params, v, args, tuple(kwargs.values()))
 
-    with_gradient = check_finite or where == "hvp_and_grad"
+    with_gradient = with_gradient or check_finite
     routes = routes_for(mode, outside=outside)
     if mode == "auto" and with_gradient:  # which the others give beside the product
         routes = tuple(route for route in routes if route != "reverse_over_forward")

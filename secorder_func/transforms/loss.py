@@ -16,7 +16,7 @@ from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.typing import LossFn, Tree
 
-__all__ = ["FlatLoss", "LeafLoss", "checked_scalar", "flat_loss"]
+__all__ = ["FlatLoss", "LeafLoss", "checked_scalar", "exchanged", "flat_loss"]
 
 Leaves = tuple[Tensor, ...]
 LeafLoss = Callable[[Leaves], tuple[Tensor, Leaves]]
@@ -55,21 +55,22 @@ class FlatLoss:
         """Return the loss under the rules for the derivatives that are taken of it."""
 
         def loss(leaves: Leaves) -> tuple[Tensor, Leaves]:
-            exchange = (
-                None if self.originals is None else list(zip(self.originals, leaves, strict=True))
-            )
-
-            def evaluate(rules: SecondOrderRules) -> tuple[Tensor, Leaves]:
-                value, aux = self.plain(leaves)
-                if self.verify is not None:
-                    self.verify(rules, value)
-                return value, aux
-
             return evaluated(
-                evaluate, forward=forward, higher=higher, exchange=exchange, protect=leaves
+                lambda rules: self.verified(rules, leaves),
+                forward=forward,
+                higher=higher,
+                exchange=exchanged(self.originals, leaves),
+                protect=leaves,
             )
 
         return loss
+
+    def verified(self, rules: SecondOrderRules, leaves: Leaves) -> tuple[Tensor, Leaves]:
+        """Return what `plain` does, if it is not refused."""
+        value, aux = self.plain(leaves)
+        if self.verify is not None:
+            self.verify(rules, value)
+        return value, aux
 
     def plain(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
         """Return the 0-dim loss and the tensors of the auxiliary output, under whatever rules are in force."""
@@ -105,6 +106,11 @@ class FlatLoss:
         """Return the auxiliary output of the last evaluation with these tensors in it."""
         assert self._restore_aux is not None
         return self._restore_aux(tensors)
+
+
+def exchanged(originals: Leaves | None, leaves: Leaves) -> list[tuple[Tensor, Tensor]] | None:
+    """Return the pairs to exchange by identity in a closure."""
+    return None if originals is None else list(zip(originals, leaves, strict=True))
 
 
 def flat_loss(

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from secorder_func.checks import check_callable
 from secorder_func.errors import NoExactRouteError
 from secorder_func.rules import evaluated
 from secorder_func.rules.levels import JVP, differentiating_levels
@@ -21,12 +22,21 @@ from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.registry import WrongForwardRuleError
 from secorder_func.rules.torch_func import forward_mode_lock, vjp_aux
 from secorder_func.taylor import NotPropagatedError, Propagation
-from secorder_func.transforms.loss import FlatLoss, Leaves, flat_loss
+from secorder_func.transforms.loss import FlatLoss, Leaves, exchanged, flat_loss
 from secorder_func.transforms.plain_autograd import gradients, or_zeros, recording, to_differentiate
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import LossFn, Tree
 
-__all__ = ["RuleKinds", "by_propagation", "refuse_forward_mode", "rule_kinds", "with_constants"]
+__all__ = [
+    "RuleKinds",
+    "by_propagation",
+    "evaluated_with_terms",
+    "refuse_forward_mode",
+    "rule_kinds",
+    "with_constants",
+]
+
+T = TypeVar("T")
 
 
 def by_propagation(
@@ -114,23 +124,40 @@ def _propagated(
 ) -> tuple[tuple[Tensor, Tensor], Leaves]:
     """Return the derivative of the loss along the vector, the loss, and the tensors of the auxiliary output."""
 
-    def evaluate(rules: Any) -> tuple[tuple[Tensor, Tensor], Leaves]:
-        value, aux = loss.plain(at)
-        if loss.verify is not None:
-            loss.verify(rules, value)
-        slope = rules(value)
-        constants.update(rules.constants)
-        return (torch.zeros_like(value) if slope is None else slope, value), aux
+    def evaluate(terms: Propagation) -> tuple[tuple[Tensor, Tensor], Leaves]:
+        value, aux = loss.verified(terms, at)
+        slope = terms.or_zeros(value)
+        constants.update(terms.constants)
+        return (slope, value), aux
 
-    exchange = None if loss.originals is None else list(zip(loss.originals, at, strict=True))
+    exchange = exchanged(loss.originals, at)
+    return evaluated_with_terms(
+        evaluate, at, vector, exchange=exchange, closed=closed, higher=higher
+    )
+
+
+def evaluated_with_terms(
+    evaluate: Callable[[Propagation], T],
+    at: Leaves,
+    vector: Leaves,
+    *,
+    exchange: list[tuple[Tensor, Tensor]] | None = None,
+    closed: bool = False,
+    higher: bool = False,
+    record: bool = True,
+) -> T:
+    """Return `evaluate(terms)` under a propagation in which the term of every leaf is its part of the vector.
+
+    Arguments as for `Propagation` and `evaluated`.
+    """
     pairs = list(zip(at, vector, strict=True))
     return evaluated(
-        evaluate,
+        evaluate,  # type: ignore[arg-type]
         forward=False,
         higher=higher,
         exchange=exchange,
         protect=at,
-        make=partial(Propagation, pairs, closed=closed),
+        make=partial(Propagation, pairs, closed=closed, record=record),
     )
 
 
@@ -168,31 +195,28 @@ def rule_kinds(f: LossFn) -> Callable[..., RuleKinds]:
     >>> found.kinds, found.closed
     ({'matmul': 'bilinear', 'linalg_det': 'general', 'tanh': 'elementwise', 'reshape': 'linear'}, False)
     """
+    check_callable(f, "rule_kinds")
 
     def report(params: Tree, /, *args: Any, **kwargs: Any) -> RuleKinds:
         loss = flat_loss(f, params, args, kwargs, has_aux=False, where="rule_kinds")
         at = to_differentiate(loss.leaves, differentiable=False)
-        made: list[Propagation] = []
-
-        def make(**options: Any) -> Propagation:
-            made.append(Propagation([(leaf, torch.ones_like(leaf)) for leaf in at], **options))
-            return made[-1]
-
+        ones = tuple(map(torch.ones_like, at))
+        kinds: dict[Any, str] = {}
         missing = None
+
+        def evaluate(terms: Propagation) -> None:
+            nonlocal kinds
+            kinds = terms.kinds
+            loss.plain(at)
+
         state = RandomState.now(at)
         try:
             with forward_mode_lock(), recording():
-                evaluated(
-                    lambda rules: loss.plain(at),
-                    forward=False,
-                    higher=False,
-                    protect=at,
-                    make=make,
-                )
+                evaluated_with_terms(evaluate, at, ones)
         except (NoExactRouteError, WrongForwardRuleError) as error:
             missing = str(error)
         state.restore()
-        found = made[-1].kinds.items()
-        return RuleKinds({getattr(g, "__name__", str(g)): kind for g, kind in found}, missing)
+        named = {getattr(g, "__name__", str(g)): kind for g, kind in kinds.items()}
+        return RuleKinds(named, missing)
 
     return report
