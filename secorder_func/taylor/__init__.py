@@ -1,6 +1,6 @@
 """Forward propagation by our own rules: every tensor of a loss with its first-order term.
 
-The mode `"reverse_over_forward"` is one backward pass over it. `tangent`, `written`, `linear` and `jointly_linear` give
+The mode `"reverse_over_forward"` is one backward pass over it. `tangent`, `together`, `written`, `linear` and `jointly_linear` give
 a function of your own a rule; `RULES` is the table.
 """
 
@@ -26,6 +26,7 @@ from secorder_func.taylor.registry import (
     jointly_linear,
     linear,
     tangent,
+    together,
     written,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "jointly_linear",
     "linear",
     "tangent",
+    "together",
     "written",
 ]

@@ -270,13 +270,21 @@ class Propagation(SecondOrderRules):
 
     def _like(self, out: Tensor, term: Tensor) -> Tensor:
         """Return a term in the shape and dtype of its value."""
+        if not isinstance(term, Tensor):
+            raise NotCoveredError(f"its rule returned {type(term).__name__}, not a tensor")
         shape: tuple[int, ...] = out.shape
         if self.several:
             shape = (term.shape[0], *shape)
             while term.ndim < len(shape):
                 term = term.unsqueeze(1)
         if term.shape != shape:
-            term = term.expand(shape)
+            try:
+                term = term.expand(shape)
+            except RuntimeError as error:
+                problem = (
+                    f"its rule returned a term of shape {tuple(term.shape)} for {tuple(shape)}"
+                )
+                raise NotCoveredError(problem) from error
         return term if term.dtype == out.dtype else term.to(out.dtype)
 
     @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,14 @@ def forms(*names: str) -> list[Any]:
 
 
 def _register(functions: Sequence[Any], rule: Rule) -> None:
+    if not functions:
+        mend = "Name the functions that the rule is for: @taylor.tangent(function)"
+        raise ValueError(
+            message("taylor", "a rule must be for at least one function, got none", mend)
+        )
+    if rule.kind not in get_args(Kind):
+        known = ", ".join(map(repr, get_args(Kind)))
+        raise ValueError(message("taylor", f"kind must be one of {known}, got {rule.kind!r}"))
     for function in dict.fromkeys(functions):
         if not callable(function):
             problem = f"functions must be callable, got {type(function).__name__}"

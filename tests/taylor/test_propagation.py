@@ -299,6 +299,29 @@ def test_a_function_of_the_users_own_gets_a_rule_and_a_second_one_is_refused() -
         taylor.tangent(cube)(_cube)
 
 
+@pytest.mark.parametrize(
+    ("term", "problem"),
+    [(torch.ones(7), r"term of shape \(7,\) for \(6,\)"), (3, "returned int, not a tensor")],
+)
+def test_a_rule_that_returns_something_else_is_named(term: Any, problem: str) -> None:
+    @torch.overrides.wrap_torch_function(lambda x: (x,))
+    def wrongly_ruled(x: Tensor) -> Tensor:
+        return x**2
+
+    taylor.tangent(wrongly_ruled)(lambda t, out, x: term)
+    with pytest.raises(NoExactRouteError, match=f"wrongly_ruled.*{problem}"):
+        hvp(lambda p: wrongly_ruled(p).sum(), mode=MODE)(P, V)
+
+
+def test_a_rule_for_nothing_and_one_of_an_unknown_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one function"):
+        taylor.tangent()(lambda t, out, x: x)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        taylor.tangent(torch.sinc, kind="other")(lambda t, out, x: x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be callable, got str"):
+        taylor.linear("sinc")
+
+
 class _RightCube(_Cube):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
