@@ -1,7 +1,7 @@
 """Forward propagation by our own rules: every tensor of a loss with its first-order term.
 
-The mode `"reverse_over_forward"` is one backward pass over it. `tangent`, `together`, `written`, `linear` and `jointly_linear` give
-a function of your own a rule; `RULES` is the table.
+The mode `"reverse_over_forward"` is one backward pass over it. `tangent`, `together`, `written`, `linear` and
+`jointly_linear` give a function of your own a rule; `RULES` is the table.
 """
 
 from secorder_func.taylor import (  # noqa: F401 (they register their rules)
