@@ -27,7 +27,7 @@ __all__: list[str] = []
 _aten: Any = torch.ops.aten
 
 
-@tangent(*forms("relu"), kind="elementwise", by_output=True)
+@tangent(*forms("relu"), kind="selection", by_output=True)
 def _relu(t: Terms, out: Tensor, input: Tensor, inplace: bool = False) -> Any:
     return _aten.threshold_backward(t(input), out.detach(), 0)
 
@@ -133,7 +133,7 @@ def _prelu(t: Terms, out: Tensor, input: Tensor, weight: Tensor) -> Any:
     return total(*parts)
 
 
-@together(*forms("rrelu"), kind="elementwise")
+@together(*forms("rrelu"), kind="selection")
 def _rrelu(
     input: Tensor,
     lower: float = 1 / 8,

@@ -14,7 +14,7 @@ from secorder_func.rules.mode import SecondOrderRules
 from secorder_func.rules.torch_func import forward_mode_lock, jvp_aux
 from secorder_func.taylor.proven import NAMES
 
-__all__ = ["PROVEN", "pushed_by_torch"]
+__all__ = ["PROVEN", "exchanged", "pushed_by_torch"]
 
 
 def _named(name: str) -> list[Any]:
@@ -30,6 +30,17 @@ PROVEN: frozenset[Any] = frozenset(chain.from_iterable(map(_named, NAMES)))
 """The functions that a sweep proved right."""
 
 
+def exchanged(value: Any, places: dict[int, int], tensors: Sequence[Tensor]) -> Any:
+    """Return an argument with tensors exchanged, whose ids have places among the others."""
+    if isinstance(value, Tensor):
+        return tensors[places[id(value)]] if id(value) in places else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(exchanged(item, places, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: exchanged(item, places, tensors) for key, item in value.items()}
+    return value
+
+
 def pushed_by_torch(
     func: Callable[..., Any],
     args: tuple[Any, ...],
@@ -41,19 +52,10 @@ def pushed_by_torch(
     places = {id(x): index for index, x in enumerate(carried)}
     restore: Any = None
 
-    def exchanged(value: Any, tensors: tuple[Tensor, ...]) -> Any:
-        if isinstance(value, Tensor):
-            return tensors[places[id(value)]] if id(value) in places else value
-        if isinstance(value, (tuple, list)):
-            return type(value)(exchanged(item, tensors) for item in value)
-        if isinstance(value, dict):
-            return {key: exchanged(item, tensors) for key, item in value.items()}
-        return value
-
     def evaluate(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         nonlocal restore
         with SecondOrderRules(forward=True, higher=True):
-            out = func(*exchanged(args, tensors), **exchanged(kwargs, tensors))
+            out = func(*exchanged(args, places, tensors), **exchanged(kwargs, places, tensors))
         found, restore = tree.tensors_and_rest(out)
         return tuple(x for x in found if _is_smooth(x)), found
 

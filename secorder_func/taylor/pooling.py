@@ -20,12 +20,12 @@ def _with_indices(name: str, dims: int) -> None:
         flat = t(input).flatten(-dims).gather(-1, indices.flatten(-dims))
         return flat.reshape(indices.shape)
 
-    @together(pool_with_indices, kind="closed")
+    @together(pool_with_indices, kind="selection")
     def both(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, indices = pool_with_indices(input, *args, **kwargs)
         return (out, indices), lambda t: (taken(t, indices, input), None)
 
-    @together(pool, kind="closed")
+    @together(pool, kind="selection")
     def alone(
         input: Tensor, *args: Any, return_indices: bool = False, **kwargs: Any
     ) -> tuple[Any, Any]:

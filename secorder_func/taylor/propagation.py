@@ -36,7 +36,7 @@ from secorder_func.taylor.registry import (
     written_by_repair,
 )
 
-__all__ = ["Propagation"]
+__all__ = ["A_TERM", "A_VALUE", "Propagation", "name_of", "spelled"]
 
 _IN_PYTHON = (F.__name__, "torch.functional", "torch._tensor")
 """Modules whose functions are written in Python out of others."""
@@ -89,7 +89,7 @@ class Propagation(SecondOrderRules):
         self._writing: list[Any] = []
         self._is_on = False
         self._part_assigned = False
-        self.known: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
+        self.known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self.kinds: dict[Any, str] = {}
         self.constants: dict[int, Tensor] = {}
         for tensor, term in pairs:
@@ -99,14 +99,18 @@ class Propagation(SecondOrderRules):
 
     def __call__(self, x: Any, /) -> Any:
         """Return the term of a tensor, None where it is zero."""
+        if self._mapped is not None and isinstance(x, Tensor):
+            return self._mapped.get(id(x))
+        return self._entry(x)
+
+    def _entry(self, x: Any) -> Any:
+        """Return what the table has for a tensor, None where its term is zero."""
         if not isinstance(x, Tensor) or not self._requires(x):
             return None
         if self._part_assigned:
             raise NotPropagatedError("the real or imaginary part of a tensor is assigned")
         known = self.known.get(id(x))
         if known is not None and known[0]() is x:
-            if self._mapped is not None:
-                return self._mapped.get(id(x))
             return known[1]
         if x.is_leaf and not _functorch.is_functorch_wrapped_tensor(x):
             self.constants[id(x)] = x
@@ -127,7 +131,7 @@ class Propagation(SecondOrderRules):
             return fresh + other
         return fresh.add_(other) if fresh.dtype == other.dtype else fresh + other
 
-    def set(self, x: Tensor, term: Tensor | None) -> None:
+    def set(self, x: Tensor, term: Any) -> None:
         """Remember the term of a tensor for as long as this lives."""
         key = id(x)
         self.known[key] = (weakref.ref(x, partial(_forget, self.known, key)), term)
@@ -182,19 +186,16 @@ class Propagation(SecondOrderRules):
             self._part_assigned = True  # an error raised here would be swallowed
         if writes_first(func, args, kwargs):
             return self._write(func, args, kwargs)
-        rule = RULES.get(func)
-        if rule is not None and rule.beyond is not None and self.higher:
-            rule = None if rule.beyond is written_by_repair else Rule("written", rule.beyond)
+        rule = self._rule(func)
         if rule is not None:
             try:
                 return self._by_rule(rule, func, args, kwargs)
             except NotCoveredError as error:
                 if self._closed or func not in PROVEN:
-                    raise NotCoveredError(f"{_name(func)}: {error}") from error
+                    raise NotCoveredError(f"{name_of(func)}: {error}") from error
                 return self._by_torch(func, args, kwargs)
         if func in REPAIRS and func not in self._writing:
-            with self._writing_out(func):
-                return REPAIRS[func].apply(self, *args, **kwargs)
+            return self._written_out(func, args, kwargs)
         body = _body(func)
         if body is not None and body not in self._writing and self._asks((args, kwargs)):
             self.kinds[func] = "written"
@@ -202,27 +203,47 @@ class Propagation(SecondOrderRules):
                 return body(*args, **kwargs)
         return self._by_torch(func, args, kwargs)
 
+    def _rule(self, func: Any) -> Rule | None:
+        """Return the rule of a function, None if it has none here."""
+        rule = RULES.get(func)
+        if rule is None or rule.beyond is None or not self.higher:
+            return rule
+        return None if rule.beyond is written_by_repair else Rule("written", rule.beyond)
+
+    def _written_out(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Evaluate the repair of a function under the propagation."""
+        with self._writing_out(func):
+            return REPAIRS[func].apply(self, *args, **kwargs)
+
     def _by_rule(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        plain, kwargs = kwargs, _spelled(kwargs)
+        plain, kwargs = kwargs, spelled(kwargs)
         if rule.kind == "written":
             if not self._asks((args, kwargs)):
                 return super()._repaired(func, args, kwargs)
             self.kinds[func] = rule.kind
-            with self.on(), _A_VALUE:
+            with self.on(), A_VALUE:
                 return rule.push(*args, **kwargs)
         if rule.together and self._asks((args, kwargs)):
-            with _A_VALUE:
+            with A_VALUE:
                 out, term_of = rule.push(*args, **kwargs)
             push = partial(term_of, self)
         else:
-            out = super()._repaired(func, args, plain)
+            out = self.value(func, args, plain)
             push = partial(rule.push, self, out, *args, **kwargs)
         if self._asks(out):
             self.kinds[func] = rule.kind
             self._set_result(out, self._pushed(push, args, kwargs))
         return out
+
+    def value(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Evaluate a function that has a rule."""
+        return super()._repaired(func, args, kwargs)
 
     def _pushed(
         self, push: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -232,13 +253,15 @@ class Propagation(SecondOrderRules):
         if not carried:
             return None
         recording = nullcontext() if self.records else torch.no_grad()
-        with recording, _A_TERM:
-            return self._mapping(carried, push) if self.several else push()
+        with recording, A_TERM:
+            if not self.several:
+                return push()
+            return self._mapping({id(x): self(x) for x in carried}, push)
 
     def _carried(self, value: Any) -> Iterator[Tensor]:
         """Yield the tensors in a value that have a term, each once for each time it occurs."""
         if isinstance(value, Tensor):
-            if self(value) is not None:
+            if self._entry(value) is not None:
                 yield value
         elif isinstance(value, (tuple, list)):
             for item in value:
@@ -247,17 +270,17 @@ class Propagation(SecondOrderRules):
             for item in value.values():
                 yield from self._carried(item)
 
-    def _mapping(self, carried: list[Tensor], push: Callable[[], Any]) -> Any:
-        """Return what `push` gives for each of several terms, stacked."""
+    def _mapping(self, terms: dict[int, Tensor], push: Callable[[], Any]) -> Any:
+        """Return what `push` gives for each of several terms, stacked; they are known by the ids of their tensors."""
 
-        def one(*terms: Tensor) -> Any:
-            before, self._mapped = self._mapped, dict(zip(map(id, carried), terms, strict=True))
+        def one(*each: Tensor) -> Any:
+            before, self._mapped = self._mapped, dict(zip(terms, each, strict=True))
             try:
                 return push()
             finally:
                 self._mapped = before
 
-        return vmap(one, randomness="error")(*(self(x) for x in carried))
+        return vmap(one, randomness="error")(*terms.values())
 
     def _set_result(self, out: Any, term: Any) -> None:
         if isinstance(out, Tensor):
@@ -313,7 +336,7 @@ class Propagation(SecondOrderRules):
         out = func(*args, **kwargs)
         if self._asks(out):
             if carried:
-                raise NotPropagatedError(f"there is no rule for {_name(func)}")
+                raise NotPropagatedError(f"there is no rule for {name_of(func)}")
             self._set_result(out, None)
         return out
 
@@ -328,7 +351,7 @@ class Propagation(SecondOrderRules):
             return super()._repaired(func, args, kwargs)
         if not isinstance(target, Tensor):
             raise NotPropagatedError(
-                f"there is no rule for {_name(func)}, which writes to several tensors"
+                f"there is no rule for {name_of(func)}, which writes to several tensors"
             )
         rule, pure, given, options = as_out_of_place(func, args, kwargs)
         if rule is not None and rule.by_output:
@@ -374,13 +397,13 @@ class _Covered:
             raise NotCoveredError(f"a rule does not cover its arguments: {error}") from error
 
 
-_A_VALUE = _Covered(TypeError, ValueError, LookupError)
-_A_TERM = _Covered(RuntimeError, TypeError, ValueError, LookupError)
+A_VALUE = _Covered(TypeError, ValueError, LookupError)
+A_TERM = _Covered(RuntimeError, TypeError, ValueError, LookupError)
 
 _SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
 
 
-def _spelled(kwargs: dict[str, Any]) -> dict[str, Any]:
+def spelled(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return arguments by name as torch spells them, which understands NumPy's names too."""
     if _SPELLINGS.keys().isdisjoint(kwargs):
         return kwargs
@@ -400,5 +423,5 @@ def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return None
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
     return getattr(func, "__qualname__", None) or str(func)

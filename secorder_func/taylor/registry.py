@@ -44,7 +44,15 @@ __all__ = [
 ]
 
 Kind = Literal[
-    "linear", "bilinear", "elementwise", "symmetric", "closed", "written", "constant", "general"
+    "linear",
+    "selection",
+    "bilinear",
+    "elementwise",
+    "symmetric",
+    "closed",
+    "written",
+    "constant",
+    "general",
 ]
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -18,7 +18,7 @@ __all__: list[str] = []
 def _selected(name: str, chosen: Callable[[Tensor, Any], Tensor], ties: bool) -> None:
     """Register a function that takes one of two entries, of equal ones half of each as torch does."""
 
-    @tangent(*forms(name), kind="elementwise")
+    @tangent(*forms(name), kind="selection")
     def push(t: Terms, out: Tensor, input: Tensor, other: Any) -> Any:
         x, y = t(input), t(other)
         share = chosen(input, other).to(out.dtype)
@@ -33,7 +33,7 @@ _selected("fmax", lambda a, b: (a >= b) | b.isnan(), ties=False)
 _selected("fmin", lambda a, b: (a <= b) | b.isnan(), ties=False)
 
 
-@tangent(*forms("max", "min"), kind="closed")
+@tangent(*forms("max", "min"), kind="selection")
 def _max(t: Terms, out: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     other = args[0] if args else kwargs.get("other")
     if isinstance(other, Tensor):
@@ -66,7 +66,7 @@ def _shared(t: Terms, out: Tensor, input: Tensor, dim: Any, keepdim: bool) -> An
     return (t(input) * weights).sum(dims, keepdim)
 
 
-@tangent(*forms("amax", "amin"), kind="closed")
+@tangent(*forms("amax", "amin"), kind="selection")
 def _amax(t: Terms, out: Tensor, input: Tensor, dim: Any = (), keepdim: bool = False) -> Any:
     return _shared(t, out, input, dim, keepdim)
 
@@ -74,7 +74,7 @@ def _amax(t: Terms, out: Tensor, input: Tensor, dim: Any = (), keepdim: bool = F
 def _chosen(*names: str) -> None:
     """Register functions that return values and their indices along a dimension, all of one shape."""
 
-    @tangent(*forms(*names), kind="closed")
+    @tangent(*forms(*names), kind="selection")
     def push(t: Terms, out: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         term, indices = t(input), out[1]
         dim = _dim_of(names[0], args, kwargs)
@@ -98,14 +98,14 @@ _chosen("topk")
 _chosen("kthvalue")
 
 
-@tangent(*forms("msort"), kind="closed")
+@tangent(*forms("msort"), kind="selection")
 def _msort(t: Terms, out: Tensor, input: Tensor) -> Any:
     term = t(input)
     assert term is not None
     return term if not term.ndim else term.gather(0, input.sort(dim=0, stable=True)[1])
 
 
-@tangent(*forms("median", "nanmedian"), kind="closed")
+@tangent(*forms("median", "nanmedian"), kind="selection")
 def _median(t: Terms, out: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if isinstance(out, Tensor):
         return _shared(t, out, input, None, False)
