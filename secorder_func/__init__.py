@@ -13,7 +13,9 @@ from secorder_func.algorithms import (
     exact_trace,
     filter_normalized,
     hutchinson_diagonal,
+    hutchinson_laplacian,
     hutchinson_trace,
+    laplacian,
     probes,
     random_direction,
 )
@@ -21,11 +23,13 @@ from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError
 from secorder_func.nn import functional_loss, functional_model
 from secorder_func.operators import LinearOperator, ggn_operator, hessian_operator
 from secorder_func.transforms import (
+    bilinear_form,
     finite_difference_hvp,
     ggnvp,
     hvp,
     hvp_and_grad,
     loss_surface,
+    quadratic_form,
     rule_kinds,
 )
 from secorder_func.verify import Verification, verify
@@ -38,6 +42,7 @@ __all__ = [
     "LinearOperator",
     "NoExactRouteError",
     "Verification",
+    "bilinear_form",
     "errors",
     "exact_diagonal",
     "exact_trace",
@@ -49,11 +54,14 @@ __all__ = [
     "ggnvp",
     "hessian_operator",
     "hutchinson_diagonal",
+    "hutchinson_laplacian",
     "hutchinson_trace",
     "hvp",
     "hvp_and_grad",
+    "laplacian",
     "loss_surface",
     "probes",
+    "quadratic_form",
     "random_direction",
     "rule_kinds",
     "taylor",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate
+from secorder_func.algorithms.group_sums import exact_forms
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.checks import check_count
 from secorder_func.operators import LinearOperator
@@ -87,7 +88,8 @@ def hutchinson_diagonal(
             between = tree.scale(done * count / (done + count), tree.map(torch.square, apart))
             spread = tree.add(tree.add(spread, chunk_spread), between)
         done += count
-    return Estimate(mean, _standard_error(spread, num_matvecs), num_matvecs, chunks.largest)
+    error = _standard_error(spread, num_matvecs)
+    return Estimate(mean, error, num_matvecs, chunks.largest, num_matvecs - 1)
 
 
 def _standard_error(spread: Tree, count: int) -> Tree:
@@ -103,7 +105,9 @@ def exact_diagonal(
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
 ) -> Tree:
-    """Return the diagonal, a tree like `op.like`, by one product for every entry, in chunks as for `LinearOperator.mm`.
+    """Return the diagonal, a tree like `op.like`, by one form or product for every entry, in chunks.
+
+    `chunk_size` and `memory_budget` as for `hutchinson_trace`.
 
     Examples
     --------
@@ -114,6 +118,9 @@ def exact_diagonal(
     """
     check_real_operator(op, "exact_diagonal")
     chunks = op.chunks(chunk_size, memory_budget, "exact_diagonal")
+    forms = exact_forms(op, chunk_size, memory_budget)
+    if forms is not None:
+        return forms
 
     def pieces(vectors: Tree, rows: slice) -> list[Tensor | None]:
         products, _ = tree.flatten(op.mm(vectors, chunk_size=None))

@@ -31,6 +31,7 @@ __all__ = [
     "Distribution",
     "check_distribution",
     "draw_seed",
+    "leaf_sampler",
     "normal",
     "rademacher",
     "sparse_rademacher",
@@ -91,7 +92,14 @@ def sparse_rademacher(density: float = 0.1) -> Distribution:
     def sample(seed: int, probes: range, like: Tree, /) -> Tree:
         return _leafwise(partial(_sparse_signs, density), seed, probes, like)
 
+    setattr(sample, "sample_leaf", partial(_sparse_signs, density))  # noqa: B010
     return sample
+
+
+def leaf_sampler(distribution: Distribution) -> Sampler | None:
+    """Return `(seed, probes, index of a leaf, leaf) -> its part of the probes`; None if they are drawn whole only."""
+    sampler: Sampler | None = getattr(distribution, "sample_leaf", None)
+    return sampler
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
@@ -195,3 +203,7 @@ def _sparse_signs(density: float, seed: int, probes: range, index: int, leaf: Te
     signs = ((halves & 1) * 2 - 1).to(uniform.dtype)
     kept = torch.where(uniform < density, signs, torch.zeros_like(signs))
     return _shaped(kept / math.sqrt(density), probes, leaf)
+
+
+setattr(rademacher, "sample_leaf", _signs)  # noqa: B010
+setattr(normal, "sample_leaf", _normals)  # noqa: B010

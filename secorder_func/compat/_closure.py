@@ -27,10 +27,12 @@ from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_chunk_size
 from secorder_func.operators.curvature import operator_on_leaves, pulled_back
+from secorder_func.operators.forms import Forms
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.randomness import RandomState
 from secorder_func.taylor import NotPropagatedError
 from secorder_func.transforms.double_backward import DoubleBackward
+from secorder_func.transforms.forms import forms_of_loss
 from secorder_func.transforms.gauss_newton import (
     FlatModel,
     ggn_forward,
@@ -46,6 +48,7 @@ from secorder_func.transforms.propagated import by_propagation
 __all__ = [
     "gauss_newton",
     "hessian_diagonal_of",
+    "forms_operator_of",
     "hessian_operator_of",
     "hessian_product",
     "plain_product",
@@ -140,6 +143,35 @@ def hessian_operator_of(
         eager=_eagerly(func, params),
     )
     return op
+
+
+def forms_operator_of(
+    func: Func, params: Leaves, *, create_graph: bool, where: str
+) -> LinearOperator:
+    """Return the same operator, whose product is not made until it is asked for: its forms may need none."""
+    if create_graph or in_transform():
+        return hessian_operator_of(func, params, create_graph=create_graph, where=where)
+    at = tuple(p.detach() for p in params)
+
+    def compute(draws: Any, count: int, groups: int) -> tuple[Tensor, int]:
+        def attempt(unused: Unused) -> tuple[Tensor, int]:
+            return forms_of_loss(_bound(func, params, unused, where), draws, count, groups)
+
+        return with_unused_known(func, params, attempt, where)
+
+    made: list[LinearOperator] = []
+
+    def op() -> LinearOperator:
+        if not made:
+            made.append(hessian_operator_of(func, params, create_graph=False, where=where))
+        return made[0]
+
+    return LinearOperator(
+        matvec=lambda v: op() @ v,
+        like=at,
+        matmat=lambda vectors: op().mm(vectors, chunk_size=None),
+        forms=Forms(compute, at),
+    )
 
 
 def hessian_diagonal_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import vmap
 
 from secorder_func import tree
 from secorder_func.operators.compiled import compiled_operator
+from secorder_func.operators.forms import Forms
 from secorder_func.operators.linear_operator import LinearOperator
 from secorder_func.operators.versions import Versions
 from secorder_func.rules.cut_graphs import may_fail
@@ -19,6 +21,7 @@ from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import grad, vjp_aux, without_vmap_warnings
 from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.finite import refuse_non_finite, require_values
+from secorder_func.transforms.forms import forms_of_loss, forms_of_model
 from secorder_func.transforms.gauss_newton import (
     flat_model,
     ggn_double_backward,
@@ -34,6 +37,7 @@ from secorder_func.transforms.policy import (
     check_mode,
     differentiated_outside,
     first_exact,
+    in_transform,
     no_exact_route,
     routes_for,
 )
@@ -113,6 +117,7 @@ def hessian_operator(
         )
     loss = flat_loss(f, params, args, kwargs, has_aux=False, where=where)
     outside = differentiated_outside(params, args, tuple(kwargs.values()))
+    forms = _forms(partial(forms_of_loss, loss), loss.leaves, outside or check_finite)
 
     def reverse() -> LeafProduct:
         return pulled_back(loss.at(forward=False, higher=outside), loss.leaves, outside)
@@ -140,7 +145,7 @@ def hessian_operator(
         tensors=loss.leaves,
         eager=loss.eager,
     )
-    return operator_on_leaves(product, params, mode=route, check_finite=check_finite)
+    return operator_on_leaves(product, params, mode=route, check_finite=check_finite, forms=forms)
 
 
 def ggn_operator(
@@ -198,6 +203,7 @@ def ggn_operator(
         )
     model = flat_model(model_fn, loss_fn, params, inputs, targets, where=where)
     outside = differentiated_outside(params, inputs, targets)
+    forms = _forms(partial(forms_of_model, model), model.leaves, outside or check_finite)
 
     def reverse() -> LeafProduct:
         return _without_graph(ggn_pullbacks(model, higher=outside), outside)
@@ -221,7 +227,11 @@ def ggn_operator(
         tensors=model.leaves,
         eager=model.eager,
     )
-    return operator_on_leaves(product, params, mode=route, check_finite=check_finite)
+    return operator_on_leaves(product, params, mode=route, check_finite=check_finite, forms=forms)
+
+
+def _forms(compute: Any, leaves: Leaves, refused: bool) -> Forms | None:
+    return None if refused or in_transform() else Forms(compute, leaves)
 
 
 def _in_order(
@@ -286,7 +296,12 @@ def _replaying(product: LeafProduct, leaves: Leaves) -> LeafProduct:
 
 
 def operator_on_leaves(
-    product: LeafProduct, params: Tree, *, mode: str, check_finite: bool = False
+    product: LeafProduct,
+    params: Tree,
+    *,
+    mode: str,
+    check_finite: bool = False,
+    forms: Forms | None = None,
 ) -> LinearOperator:
     """Wrap a product of leaf tuples as an operator on trees like `params`.
 
@@ -339,6 +354,7 @@ def operator_on_leaves(
         matvec=on_trees(single),
         like=tree.map(Tensor.detach, params),
         matmat=on_trees(several),
+        forms=forms,
         symmetric=True,
         mode=mode,
     )

@@ -19,6 +19,7 @@ from secorder_func.checks import (
 )
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.operators.chunks import Chunks
+from secorder_func.operators.forms import Forms
 from secorder_func.operators.scipy_form import scipy_form
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
@@ -44,6 +45,8 @@ class LinearOperator:
         it `mm` multiplies one by one.
     quadratic
         The numbers `v_k . A v_k` of such a stack, shape `(k,)`, if they can be had for less than products.
+    forms
+        The same without products, summed over groups of vectors, where a propagation through the loss gives them.
     symmetric
         Whether the matrix is symmetric. Algorithms that need symmetry check this.
     mode
@@ -67,6 +70,7 @@ class LinearOperator:
     like: Tree
     matmat: MatVec | None = None
     quadratic: Callable[[Tree], Tensor] | None = None
+    forms: Forms | None = None
     symmetric: bool = True
     mode: str | None = None
     compile_seconds: float | None = None
@@ -173,6 +177,9 @@ class LinearOperator:
         )
         if self.quadratic is not None:
             return self.quadratic(vectors)
+        found = None if self.forms is None else self.forms.of(vectors)
+        if found is not None:
+            return found
         return tree.batched_dot(vectors, self._mm(vectors))
 
     # ------------------------------------------------------------------------------ arithmetic
@@ -199,12 +206,12 @@ class LinearOperator:
             isinstance(factor, Tensor) and not factor.ndim
         ):
             return NotImplemented
-        quadratic = self.quadratic
         return replace(
             self,
             matvec=_scaled(self.matvec, factor),
             matmat=None if self.matmat is None else _scaled(self.matmat, factor),
-            quadratic=None if quadratic is None else lambda vectors: quadratic(vectors) * factor,
+            quadratic=lambda vectors: self.quadratic_forms(vectors) * factor,
+            forms=None,
         )
 
     __rmul__ = __mul__
@@ -222,14 +229,16 @@ class LinearOperator:
     def damped(self, damping: float | Tensor) -> LinearOperator:
         """Return `A + damping * I`."""
         check_number(damping, "LinearOperator.damped", name="damping")
-        quadratic = self.quadratic
+
+        def quadratic(vectors: Tree) -> Tensor:
+            return self.quadratic_forms(vectors) + damping * tree.batched_dot(vectors, vectors)
+
         return replace(
             self,
             matvec=_shifted(self.matvec, damping),
             matmat=None if self.matmat is None else _shifted(self.matmat, damping),
-            quadratic=None
-            if quadratic is None
-            else lambda vectors: quadratic(vectors) + damping * tree.batched_dot(vectors, vectors),
+            quadratic=quadratic,
+            forms=None,
         )
 
     # -------------------------------------------------------------------------- representations
@@ -237,7 +246,7 @@ class LinearOperator:
     def flat(self) -> LinearOperator:
         """Return the same matrix on 1-D vectors, entries in the order of `tree.ravel(like)`."""
         _, unravel = tree.ravel(self.like)
-        matvec, matmat, quadratic = self.matvec, self.matmat, self.quadratic
+        matvec, matmat = self.matvec, self.matmat
 
         def flat_matmat(vectors: Tensor) -> Tensor:
             assert matmat is not None
@@ -247,7 +256,7 @@ class LinearOperator:
             matvec=lambda vector: tree.ravel(matvec(unravel(vector)))[0],
             like=torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape[0]),
             matmat=None if matmat is None else flat_matmat,
-            quadratic=None if quadratic is None else lambda vectors: quadratic(unravel(vectors)),
+            quadratic=lambda vectors: self.quadratic_forms(unravel(vectors)),
             symmetric=self.symmetric,
             mode=self.mode,
         )

@@ -239,9 +239,7 @@ class Propagation(SecondOrderRules):
             self._set_result(out, self._pushed(push, args, kwargs))
         return out
 
-    def value(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def value(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate a function that has a rule."""
         return super()._repaired(func, args, kwargs)
 

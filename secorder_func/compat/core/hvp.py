@@ -22,7 +22,7 @@ from secorder_func.compat._arguments import (
 )
 from secorder_func.compat._closure import (
     gauss_newton,
-    hessian_operator_of,
+    forms_operator_of,
     hessian_product,
 )
 from secorder_func.compat._difference import closure_difference
@@ -288,8 +288,9 @@ def hessian_trace(
 
     Notes
     -----
-    The closure is evaluated once, and all probes are multiplied with one matrix in vectorised chunks. One seed a call
-    is taken from torch's global generator. For the standard error use `secorder_func.hutchinson_trace`.
+    By second-order forward propagation, one evaluation of the closure for each chunk of probes, where every function of
+    it has a rule; else it is evaluated once, and all probes are multiplied with one matrix in vectorised chunks. One
+    seed a call is taken from torch's global generator. For the standard error use `secorder_func.hutchinson_trace`.
 
     References
     ----------
@@ -308,7 +309,7 @@ def hessian_trace(
     leaves = checked_params(params, where)
     require_gradients(leaves, where)
     check_count(num_samples, where, name="num_samples")
-    op = hessian_operator_of(func, leaves, create_graph=create_graph, where=where)
+    op = forms_operator_of(func, leaves, create_graph=create_graph, where=where)
     distribution = sparse_rademacher(0.1) if sparse else rademacher
     with recording(create_graph):
         trace: Any = hutchinson_trace(op, num_samples, distribution=distribution).value
