@@ -15,7 +15,6 @@ from secorder_func.algorithms import (
     hutchinson_diagonal,
     hutchinson_laplacian,
     hutchinson_trace,
-    laplacian,
     probes,
     random_direction,
 )
@@ -28,6 +27,7 @@ from secorder_func.transforms import (
     ggnvp,
     hvp,
     hvp_and_grad,
+    laplacian,
     loss_surface,
     quadratic_form,
     rule_kinds,

@@ -4,7 +4,7 @@ from secorder_func.algorithms import probes
 from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal
 from secorder_func.algorithms.directions import filter_normalized, random_direction
 from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.laplacian import hutchinson_laplacian, laplacian
+from secorder_func.algorithms.laplacian import hutchinson_laplacian
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "hutchinson_diagonal",
     "hutchinson_laplacian",
     "hutchinson_trace",
-    "laplacian",
     "probes",
     "random_direction",
 ]

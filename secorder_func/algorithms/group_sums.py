@@ -14,18 +14,11 @@ from secorder_func import tree
 from secorder_func.algorithms.probes import Distribution, leaf_sampler
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import check_chunk_size
-from secorder_func.operators.forms import Forms
+from secorder_func.operators.forms import Forms, Plan, group_size
 from secorder_func.operators.memory import is_out_of_memory
 from secorder_func.typing import ChunkSize, Tree
 
-__all__ = ["GroupSums", "Plan", "exact_forms", "group_sums", "mean_and_error"]
-
-_GROUPS = 8
-"""How many sums stand behind a standard error at least, where there are twice as many probes."""
-_AT_MOST = 16
-"""Probes in a group; more make it no faster."""
-_TERMS = 4
-"""How many terms of the largest size a propagation holds at a time."""
+__all__ = ["GroupSums", "exact_forms", "group_sums", "mean_and_error"]
 
 
 @dataclass(frozen=True)
@@ -35,50 +28,6 @@ class GroupSums:
     sums: Tensor
     sizes: list[int]
     largest: int
-
-
-class Plan:
-    """How many probes are propagated at once.
-
-    Larger chunks share the evaluation of the loss, until their terms no longer fit the caches: on two cores a
-    convolutional network is fastest at 4 probes, where the largest term takes 16 MiB, and half as fast at 32.
-
-    Parameters
-    ----------
-    size, budget
-        As for `hutchinson_trace`.
-    leaf
-        The bytes of the largest leaf.
-    """
-
-    def __init__(
-        self, size: ChunkSize, budget: int | None, device: torch.device, leaf: int
-    ) -> None:
-        self._size = size
-        self._budget = budget
-        self._cache = 2**24 if device.type == "cpu" else 2**28
-        self._leaf = leaf
-
-    def size(self, count: int, group: int, term: int | None) -> int:
-        """Return how many of `count` probes to take: a multiple of the group, if it is not less than one.
-
-        `term` is the bytes of the largest term of one probe, None before the first chunk.
-        """
-        if self._size is None:
-            return count
-        if self._size != "auto":
-            found = self._size
-        else:
-            term = self._leaf if term is None else term
-            found = self._cache // max(1, term)
-            if self._budget is not None:
-                found = min(found, self._budget // max(1, _TERMS * term + 2 * self._leaf))
-        found = max(1, min(found, count))
-        return found - found % group if found > group else found
-
-    def halve(self, size: int) -> None:
-        """Take half as many from now on."""
-        self._size = max(1, size // 2)
 
 
 def group_sums(
@@ -99,10 +48,10 @@ def group_sums(
     def draws(probes: range) -> Sequence[Any]:
         if sampler is None:
             stacks, _ = tree.flatten(distribution(seed, probes, op.like))
-            return [partial(_itself, stack) for stack in stacks]
+            return [partial(torch.detach, stack) for stack in stacks]
         return [partial(sampler, seed, probes, index, leaf) for index, leaf in enumerate(leaves)]
 
-    group = max(1, min(count // _GROUPS, _AT_MOST))
+    group = group_size(count)
     if chunk_size not in (None, "auto"):
         group = min(group, int(chunk_size))
     plan = _plan(op, chunk_size, budget)
@@ -139,10 +88,6 @@ def _plan(op: LinearOperator, chunk_size: ChunkSize, budget: int | None) -> Plan
     leaves, _ = tree.flatten(op.like)
     largest = max((leaf.numel() * leaf.element_size() for leaf in leaves), default=0)
     return Plan(chunk_size, budget, op.device, largest)
-
-
-def _itself(stack: Tensor) -> Tensor:
-    return stack
 
 
 def mean_and_error(sums: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

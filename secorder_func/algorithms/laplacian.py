@@ -1,90 +1,23 @@
-"""The Laplacian of a function in its inputs, exact and estimated."""
+"""The Laplacian of a function in its inputs, estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.group_sums import Plan, mean_and_error
+from secorder_func.algorithms.group_sums import mean_and_error
 from secorder_func.algorithms.probes import draw_seed, rademacher
 from secorder_func.checks import check_callable, check_count
-from secorder_func.errors import ArgumentError, message
-from secorder_func.transforms.forms import propagated_to_second_order, quadratic_form
-from secorder_func.transforms.hessian import hvp
-from secorder_func.transforms.loss import FlatLoss, flat_loss
-from secorder_func.transforms.policy import differentiated_outside, first_exact, in_transform
+from secorder_func.operators.input_forms import group_size, input_forms
 from secorder_func.typing import Tree
 
-__all__ = ["hutchinson_laplacian", "laplacian"]
-
-_PROOFS = 8
-"""Random subsets of the samples that are moved to see whether others move with them."""
-
-
-def laplacian(f: Callable[..., Tensor], *, per_sample: bool = False) -> Callable[..., Tensor]:
-    r"""Transform `f` into its Laplacian, the sum of the second derivatives in every entry of `x`.
-
-    Parameters
-    ----------
-    f
-        `f(x, *args, **kwargs) -> value`, a real floating tensor of any shape; `x` is a tensor or a tree.
-    per_sample
-        Whether the leading axis of `x` and of the value counts samples, each of which has a Laplacian of its own.
-        Then one basis serves all samples. A sample on whose value another one has an influence is an error.
-
-    Returns
-    -------
-    Callable
-        `(x, *args, **kwargs) -> Laplacian`, shaped like the value.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `hvp`; also, per sample, leading axes of different lengths and samples that depend on each other.
-
-    Notes
-    -----
-    By second-order forward propagation along all basis vectors at once, whose second-order terms are summed as they
-    propagate; without rules for every function, by a product for each basis vector, with a warning. Products are taken
-    where the Laplacian is itself differentiated.
-
-    References
-    ----------
-    R. Li et al., A computational framework for neural network-based variational Monte Carlo with Forward Laplacian,
-    Nature Machine Intelligence 6, 2024. https://doi.org/10.1038/s42256-024-00794-x
-
-    Examples
-    --------
-    >>> import torch
-    >>> from secorder_func import laplacian
-    >>> laplacian(lambda x: (x**2).sum(-1) ** 2, per_sample=True)(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    tensor([16., 64.])
-    """
-    check_callable(f, "laplacian")
-
-    def transformed(x: Tree, /, *args: Any, **kwargs: Any) -> Tensor:
-        loss = flat_loss(f, x, args, kwargs, has_aux=False, where="laplacian")
-        if differentiated_outside(x, args, tuple(kwargs.values())) or in_transform():
-            return _by_products(f, loss, x, args, kwargs, per_sample)
-        _, found = first_exact(
-            [
-                ("propagation", lambda: _by_propagation(loss, per_sample)),
-                ("products", lambda: _by_products(f, loss, x, args, kwargs, per_sample)),
-            ],
-            where="laplacian",
-            tensors=loss.leaves,
-            eager=loss.eager,
-        )
-        return found
-
-    return transformed
+__all__ = ["hutchinson_laplacian"]
 
 
 def hutchinson_laplacian(
@@ -97,7 +30,8 @@ def hutchinson_laplacian(
 ) -> Callable[..., Estimate]:
     """Transform `f` into the estimate of its Laplacian by random probes, with a standard error for every value.
 
-    Everything else is as for `laplacian` and `hutchinson_trace`; every sample has probes of its own.
+    Everything else is as for `laplacian` and `hutchinson_trace`; every sample has probes of its own. Where some
+    function has no second-order rule, products follow; `by_propagation` of the result tells.
 
     Examples
     --------
@@ -106,182 +40,35 @@ def hutchinson_laplacian(
     >>> hutchinson_laplacian(lambda x: (x**2).sum(-1), 4, per_sample=True)(torch.ones(2, 3)).value
     tensor([6., 6.])
     """
-    check_callable(f, "hutchinson_laplacian")
-    check_count(num_matvecs, "hutchinson_laplacian", name="num_matvecs")
+    where = "hutchinson_laplacian"
+    check_callable(f, where)
+    check_count(num_matvecs, where, name="num_matvecs")
 
     def transformed(x: Tree, /, *args: Any, **kwargs: Any) -> Estimate:
-        where = "hutchinson_laplacian"
-        loss = flat_loss(f, x, args, kwargs, has_aux=False, where=where)
+        found = input_forms(f, x, args, kwargs, per_sample=per_sample, where=where)
         seed = draw_seed(generator)
-        if per_sample:
-            _require_samples(loss)
-
-        def by_propagation() -> Estimate:
-            if per_sample:
-                _refuse_dependence(loss)
-            group = max(1, min(num_matvecs // 8, 16))
-            sums, sizes, start, term, largest = [], [], 0, None, 0
-            plan = _plan(loss)
-            while start < num_matvecs:
-                size = plan.size(num_matvecs - start, group, term)
-                size = size if size <= group else size - size % group
-                each = min(group, size)
-                stacks, _ = tree.flatten(rademacher(seed, range(start, start + size), loss.leaves))
-                draws = [partial(_itself, stack) for stack in stacks]
-                found, term = propagated_to_second_order(
-                    loss.leaves,
-                    draws,
-                    lambda terms, at: _value(loss, at),
-                    count=size,
-                    groups=size // each,
-                )
-                sums.append(found)
-                sizes += [each] * (size // each)
-                start, largest = start + size, max(largest, size)
+        group = group_size(num_matvecs)
+        sums: list[Tensor] = []
+        sizes: list[int] = []
+        start = largest = 0
+        while start < num_matvecs:
+            size = found.plan.size(num_matvecs - start, group, found.forms.largest)
+            each = min(group, size)
+            size -= size % each
+            stacks, _ = tree.flatten(rademacher(seed, range(start, start + size), x))
+            draws = [partial(torch.detach, stack) for stack in stacks]
+            part = found.forms(draws, size, size // each)
+            if part is None:
+                break
+            sums.append(part)
+            sizes += [each] * (size // each)
+            start, largest = start + size, max(largest, size)
+        if start == num_matvecs:
             mean, error = mean_and_error(torch.cat(sums), sizes)
             return Estimate(mean, error, num_matvecs, largest, len(sizes) - 1, by_propagation=True)
-
-        def by_products() -> Estimate:
-            rows = []
-            for k in range(num_matvecs):
-                probe = tree.map(lambda leaf: leaf[0], rademacher(seed, range(k, k + 1), x))
-                rows.append(quadratic_form(f)(x, probe, *args, **kwargs))
-            mean, error = mean_and_error(torch.stack(rows), [1] * num_matvecs)
-            return Estimate(mean, error, num_matvecs, 1, num_matvecs - 1)
-
-        if differentiated_outside(x, args, tuple(kwargs.values())) or in_transform():
-            return by_products()
-        _, found = first_exact(
-            [("propagation", by_propagation), ("products", by_products)],
-            where=where,
-            tensors=loss.leaves,
-            eager=loss.eager,
-        )
-        return found
+        probes = (rademacher(seed, range(k, k + 1), x) for k in range(num_matvecs))
+        rows = [found.product(tree.map(lambda leaf: leaf[0], probe)) for probe in probes]
+        mean, error = mean_and_error(torch.stack(rows), [1] * num_matvecs)
+        return Estimate(mean, error, num_matvecs, 1, num_matvecs - 1)
 
     return transformed
-
-
-def _plan(loss: FlatLoss) -> Plan:
-    largest = max(leaf.numel() * leaf.element_size() for leaf in loss.leaves)
-    return Plan("auto", None, loss.leaves[0].device, 2 * largest)
-
-
-def _itself(stack: Tensor) -> Tensor:
-    return stack
-
-
-def _value(loss: FlatLoss, at: Sequence[Tensor]) -> Tensor:
-    value = loss.evaluate(tuple(at))
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ArgumentError(
-            message(loss.where, f"f must return a real floating tensor, got {given}")
-        )
-    return value
-
-
-def _by_propagation(loss: FlatLoss, per_sample: bool) -> Tensor:
-    if per_sample:
-        _require_samples(loss)
-        _refuse_dependence(loss)
-    total: Tensor | None = None
-    term = None
-    plan = _plan(loss)
-    for index, leaf in enumerate(loss.leaves):
-        shape = leaf.shape[1:] if per_sample else leaf.shape
-        count, start = shape.numel(), 0
-        while start < count:
-            size = plan.size(count - start, 1, term)
-            draw = partial(_basis, start, size, leaf, shape)
-            found, term = propagated_to_second_order(
-                loss.leaves,
-                [draw if place == index else None for place in range(len(loss.leaves))],
-                lambda terms, at: _value(loss, at),
-                count=size,
-                groups=1,
-            )
-            total = found[0] if total is None else total + found[0]
-            start += size
-    return torch.zeros_like(_value(loss, loss.leaves)) if total is None else total
-
-
-def _basis(start: int, size: int, leaf: Tensor, shape: torch.Size) -> Tensor:
-    """Return some basis vectors of one leaf, the same for all samples if the shape is that of one."""
-    rows = torch.zeros(size, shape.numel(), dtype=leaf.dtype, device=leaf.device)
-    rows[:, start : start + size].fill_diagonal_(1)
-    rows = rows.reshape(size, *shape)
-    return rows if len(shape) == leaf.ndim else rows.unsqueeze(1).expand(size, *leaf.shape)
-
-
-def _require_samples(loss: FlatLoss) -> None:
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in loss.leaves}
-    if len(lengths) != 1 or None in lengths:
-        problem = f"per_sample=True needs a leading axis of samples, got leaves of {sorted(map(str, lengths))}"
-        raise ArgumentError(message(loss.where, problem))
-
-
-def _refuse_dependence(loss: FlatLoss) -> None:
-    """Raise if a value moves when other samples do: what is moved is random, and so are the samples."""
-    count = loss.leaves[0].shape[0]
-    device = loss.leaves[0].device
-    generator = torch.Generator().manual_seed(count)
-    moved = torch.rand(_PROOFS, count, generator=generator).to(device) < 0.5
-
-    def draw(leaf: Tensor) -> Tensor:
-        along = torch.randn(_PROOFS, *leaf.shape, generator=generator).to(leaf)
-        return along * moved.reshape(_PROOFS, count, *[1] * (leaf.ndim - 1))
-
-    stacks = [draw(leaf) for leaf in loss.leaves]
-
-    def value(terms: Any, at: Sequence[Tensor]) -> Tensor:
-        found = _value(loss, at)
-        if not found.ndim or found.shape[0] != count:
-            problem = (
-                f"per_sample=True needs one value a sample, {count}, got shape {tuple(found.shape)}"
-            )
-            raise ArgumentError(message(loss.where, problem, "Take per_sample=False"))
-        return found
-
-    first, _ = propagated_to_second_order(
-        loss.leaves,
-        [partial(_itself, stack) for stack in stacks],
-        value,
-        count=_PROOFS,
-        groups=_PROOFS,
-        only_first=True,
-    )
-    still = ~moved.reshape(_PROOFS, count, *[1] * (first.ndim - 2))
-    if bool(((first.abs() > 0) & still).any()):
-        problem = "per_sample=True needs samples that do not depend on each other"
-        mend = "Put modules like BatchNorm into eval mode, or take per_sample=False"
-        raise ArgumentError(message(loss.where, problem, mend))
-
-
-def _by_products(
-    f: Callable[..., Tensor],
-    loss: FlatLoss,
-    x: Tree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    per_sample: bool,
-) -> Tensor:
-    """Return it by a product for each basis vector, which may be differentiated."""
-    leaves, unflatten = tree.flatten(x)
-    if per_sample:
-        _require_samples(loss)
-
-    def entry(index: int, basis: Tensor) -> Tensor:
-        v = unflatten([basis if i == index else torch.zeros_like(t) for i, t in enumerate(leaves)])
-        if not per_sample:
-            return quadratic_form(f)(x, v, *args, **kwargs)
-        hv = hvp(lambda x: f(x, *args, **kwargs).sum())(x, v)
-        return (tree.flatten(hv)[0][index] * basis).flatten(1).sum(1)
-
-    total: Any = 0.0
-    for index, leaf in enumerate(leaves):
-        shape = leaf.shape[1:] if per_sample else leaf.shape
-        basis = _basis(0, shape.numel(), leaf, shape)
-        each = vmap(partial(entry, index), chunk_size=64, randomness="same")(basis)
-        total = total + each.sum(0)
-    return total  # type: ignore[no-any-return]

@@ -46,9 +46,9 @@ from secorder_func.transforms.policy import first_exact, in_transform
 from secorder_func.transforms.propagated import by_propagation
 
 __all__ = [
+    "forms_operator_of",
     "gauss_newton",
     "hessian_diagonal_of",
-    "forms_operator_of",
     "hessian_operator_of",
     "hessian_product",
     "plain_product",

@@ -16,10 +16,11 @@ from secorder_func.rules.registry import WrongForwardRuleError
 from secorder_func.taylor import NotPropagatedError
 from secorder_func.transforms.forms import Draw
 from secorder_func.transforms.loss import Leaves
+from secorder_func.transforms.plan import Plan, group_size
 from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.typing import Tree
 
-__all__ = ["Forms"]
+__all__ = ["Draw", "Forms", "Plan", "group_size"]
 
 Compute = Callable[[Sequence[Draw | None], int, int], tuple[Tensor, int]]
 """(what draws each leaf, vectors, groups) -> (sums over the groups, bytes of the largest term of one vector)."""
@@ -72,7 +73,7 @@ class Forms:
             self.missing = str(error)  # products say whether it is the user's own
             return None
         self.largest = max(largest, self.largest or 0)
-        return sums
+        return sums.detach()
 
     def of(self, vectors: Tree) -> Tensor | None:
         """Return the form of each of several stacked vectors, None where there are none."""

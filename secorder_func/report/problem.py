@@ -77,4 +77,4 @@ def watched(op: LinearOperator, advance: Callable[[int], None]) -> LinearOperato
         advance(tree.flatten(vectors)[0][0].shape[0])
         return result
 
-    return replace(op, matvec=matvec, matmat=matmat, quadratic=None)
+    return replace(op, matvec=matvec, matmat=matmat, quadratic=None, forms=None)

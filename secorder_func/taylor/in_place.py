@@ -36,7 +36,7 @@ def as_out_of_place(
     return RULES.get(pure), pure, args, kwargs
 
 
-def rebind(t: Any, target: Tensor, term: Tensor | None) -> None:
+def rebind(t: Any, target: Tensor, term: Any) -> None:
     """Make `term` the term of a tensor that was written to, and of what shares its memory."""
     known = t.known
     here = storage_of(target)

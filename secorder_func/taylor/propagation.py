@@ -422,4 +422,5 @@ def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def name_of(func: Any) -> str:
+    """Return the name of a function for messages."""
     return getattr(func, "__qualname__", None) or str(func)

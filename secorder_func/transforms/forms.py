@@ -32,8 +32,10 @@ from secorder_func.typing import LossFn, Tree
 __all__ = [
     "Draw",
     "bilinear_form",
+    "checked_value",
     "forms_of_loss",
     "forms_of_model",
+    "itself",
     "propagated_to_second_order",
     "quadratic_form",
 ]
@@ -130,11 +132,11 @@ def _form(
     outside = differentiated_outside(params, vectors, args, tuple(kwargs.values()))
 
     def by_propagation() -> Tensor:
-        draws = [partial(_itself, stack.detach()) for stack in stacks]
+        draws = [partial(itself, stack.detach()) for stack in stacks]
         forms = propagated_to_second_order(
             loss.leaves,
             draws,
-            lambda terms, at: _checked(loss.evaluate(at), where),
+            lambda terms, at: checked_value(loss.evaluate(at), where),
             count=count,
             groups=1,
             across=count > 1,
@@ -143,11 +145,13 @@ def _form(
 
     def by_products() -> Tensor:
         u, v = vectors[0], vectors[-1]
-        value = _checked(evaluated(lambda rules: loss.eager(), forward=False, higher=False), where)
+        value = checked_value(
+            evaluated(lambda rules: loss.eager(), forward=False, higher=False), where
+        )
 
         def weighted(weights: Tensor) -> Tensor:
             def total(params: Tree) -> Tensor:
-                return (_checked(f(params, *args, **kwargs), where) * weights).sum()
+                return (checked_value(f(params, *args, **kwargs), where) * weights).sum()
 
             return tree.dot(u, hvp(total)(params, v)).to(value.dtype)
 
@@ -169,11 +173,13 @@ def _form(
     return forms
 
 
-def _itself(stack: Tensor) -> Tensor:
+def itself(stack: Tensor) -> Tensor:
+    """Return vectors that need not be drawn."""
     return stack
 
 
-def _checked(value: Any, where: str) -> Tensor:
+def checked_value(value: Any, where: str) -> Tensor:
+    """Return a loss of any shape; refuse what is not real and floating."""
     if not isinstance(value, Tensor):
         problem = f"the loss must be a tensor, got {type(value).__name__}"
         raise ArgumentTypeError(message(where, problem))
@@ -203,7 +209,7 @@ def forms_of_loss(
 def forms_of_model(
     model: FlatModel, draws: Sequence[Draw | None], count: int, groups: int
 ) -> tuple[Tensor, int]:
-    """Return the sums of `v.Gv` with the Gauss-Newton matrix: first order through the model, second through the loss."""
+    """Return the sums of `v.Gv`, `G` the Gauss-Newton matrix: first order in the model, second in the loss."""
 
     def evaluate(terms: SecondOrderPropagation, at: Leaves) -> tuple[Any, ...]:
         smooth, others = model.plain_outputs(terms, at)
@@ -219,7 +225,7 @@ def forms_of_model(
         only_first=True,
     )
     loss = FlatLoss(model.loss_of(others), outputs, tuple, False, model.where)
-    bent = [None if first is None else partial(_itself, first) for first in firsts]
+    bent = [None if first is None else partial(itself, first) for first in firsts]
     forms, bytes_of_loss = forms_of_loss(loss, bent, count, groups)
     (forms,) = with_constants((forms,), constants.values())
     return forms, max(largest, bytes_of_loss)

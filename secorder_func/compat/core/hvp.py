@@ -21,8 +21,8 @@ from secorder_func.compat._arguments import (
     with_frozen,
 )
 from secorder_func.compat._closure import (
-    gauss_newton,
     forms_operator_of,
+    gauss_newton,
     hessian_product,
 )
 from secorder_func.compat._difference import closure_difference

@@ -16,6 +16,9 @@ from secorder_func.taylor.second_order.registry import Jets, Pair, aligned, clos
 
 __all__: list[str] = []
 
+_SMALL = 2**14
+"""Entries of an input below which several convolutions are faster as one."""
+
 _TENSOR: Any = torch.Tensor
 
 
@@ -26,7 +29,7 @@ def _added(first: Any, second: Any) -> Any:
 
 @closed(*forms("mul", "multiply", "__mul__", "__rmul__"))
 def _mul(t: Jets, out: Tensor, input: Any, other: Any) -> Pair:
-    if not isinstance(out, Tensor) or out.is_complex():
+    if out.is_complex():
         raise NotCoveredError("complex entries")
     a, b = aligned(t(input), input, out), aligned(t(other), other, out)
     a2, b2 = aligned(t.second(input), input, out), aligned(t.second(other), other, out)
@@ -136,11 +139,7 @@ def _matrices(t: Jets, out: Tensor, a: Tensor, b: Tensor) -> Pair:
         batch = out.shape[:-2]
         x = _batched(x, a, batch)
         y = _batched(y, b, batch)
-        bend = t.contracted(x.flatten(1, -3), y.flatten(1, -3)) if not batch else None
-        if bend is None:
-            bend = _contracted_in_batches(t, x, y).mul_(2)
-        else:
-            bend = bend.mul_(2)
+        bend = _contracted_in_batches(t, x, y).mul_(2)
         bend = bend.reshape(bend.shape[0], *out.shape)
         second = bend if second is None else second.add_(bend)
     return first, second
@@ -168,17 +167,11 @@ def _contracted_in_batches(t: Jets, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _both_ways(x: Any, y: Any, a: Tensor, b: Tensor, out: Tensor) -> Any:
-    left = None if x is None else _times(aligned(x, a, out), b)
-    right = None if y is None else _times(a, aligned(y, b, out))
+    left = None if x is None else torch.matmul(aligned(x, a, out), b)
+    right = None if y is None else torch.matmul(a, aligned(y, b, out))
     if left is None or right is None:
         return right if left is None else left
     return left.add_(right) if left.shape == right.shape else left + right
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    if b.ndim == 2 or a.ndim == b.ndim:
-        return torch.matmul(a, b)
-    return torch.matmul(a, b)
 
 
 for _function in (*forms("matmul", "mm", "bmm"), _TENSOR.__matmul__):
@@ -238,17 +231,29 @@ def _columns(function: Any, x: Tensor, w: Tensor, rest: Any, groups: int) -> Any
 
 
 def _bent(t: Jets, function: Any, x: Tensor, w: Tensor, rest: Any, groups: int) -> Tensor:
-    """Return the sums over the groups of vectors of convolutions, more channels of one input."""
+    """Return the sums over the groups of vectors of convolutions: small ones as more channels of one input."""
     if groups != 1:
         each: Callable[..., Tensor] = lambda a, b: function(a, b, None, *rest)  # noqa: E731
         return t.gathered(vmap(each)(x, w))
     size = x.shape[0] // t.groups
+    if x.numel() // x.shape[0] > _SMALL:
+        return _one_by_one(lambda k: function(x[k], w[k], None, *rest), t.groups, size)
     sums = []
     for begin in range(0, x.shape[0], size):
         rows = x[begin : begin + size].transpose(0, 1).flatten(1, 2)
         kernel = w[begin : begin + size].transpose(0, 1).flatten(1, 2)
         sums.append(function(rows, kernel, None, *rest))
     return torch.stack(sums)
+
+
+def _one_by_one(product: Callable[[int], Tensor], groups: int, size: int) -> Tensor:
+    """Return the sums over the groups of the products of every vector."""
+    first = product(0)
+    sums = first.new_zeros(groups, *first.shape)
+    sums[0] = first
+    for k in range(1, groups * size):
+        sums[k // size].add_(product(k))
+    return sums
 
 
 for _dims in (1, 2, 3):
