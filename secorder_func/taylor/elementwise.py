@@ -233,9 +233,9 @@ def _remainder(t: Terms, out: Tensor, input: Any, other: Any) -> Any:
     return total(t(input), -turns * y)
 
 
-@tangent(*forms("nan_to_num"), kind="elementwise")
+@tangent(*forms("nan_to_num"), kind="selection")
 def _nan_to_num(t: Terms, out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return t(input) * input.isfinite()
+    return torch.where(input.isfinite(), t(input), 0.0)
 
 
 @tangent(*forms("copysign"), kind="elementwise")

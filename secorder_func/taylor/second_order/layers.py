@@ -23,6 +23,13 @@ def _along(out: Tensor, input: Tensor, dim: Any) -> int:
     return int(dim) - max(1, out.ndim) if dim >= 0 else int(dim)
 
 
+@closed(*forms("roll"))
+def _roll(t: Jets, out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Pair:
+    if out.ndim:
+        raise NotCoveredError("more than one entry")
+    return t(input), t.second(input)  # vmap would roll the vectors (2.13)
+
+
 @closed(*forms("softmax"))
 def _softmax(
     t: Jets, out: Tensor, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None

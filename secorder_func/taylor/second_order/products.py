@@ -79,41 +79,38 @@ def _usual(*tensors: Any) -> bool:
 def _linear(t: Jets, out: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> Pair:
     if weight.ndim != 2 or not input.ndim or not out.numel() or not _usual(input, weight, bias):
         raise NotCoveredError("an unusual product")
-    x, w, b = t(input), t(weight), t(bias)
-    rows = input.reshape(-1, input.shape[-1])
-    first = None
-    if w is not None:
-        count = w.shape[0]
-        spread, turned = rows.expand(count, *rows.shape), w.mT
-        first = torch.bmm(spread, turned) if b is None else _biased(b, spread, turned)
-    elif b is not None:
-        first = b.unsqueeze(1).expand(-1, *rows.shape[:1], -1)
-        first = first.clone() if x is not None else first
-    flat = None
-    if x is not None:
-        if _is_spread(x):  # the same for all rows
-            moved = (x.reshape(x.shape[0], -1, x.shape[-1])[:, 0] @ weight.mT).unsqueeze(1)
-            if first is None:
-                first = moved.expand(-1, rows.shape[0], -1)
-            else:
-                first.add_(moved)
-        else:
-            flat = x.reshape(-1, x.shape[-1])
-            if first is None:
-                first = flat @ weight.mT
-            else:
-                first.reshape(-1, first.shape[-1]).addmm_(flat, weight.mT)
-        first = first.reshape(x.shape[0], *out.shape)
-    elif first is not None:
-        first = first.reshape(first.shape[0], *out.shape)
-    second = t.second(input)
-    if second is not None:
-        second = second @ weight.mT
+    x, w = t(input), t(weight)
+    first = _affine(x, w, t(bias), input, weight, out)
+    second = _affine(t.second(input), t.second(weight), t.second(bias), input, weight, out)
     if x is not None and w is not None:
         bend = t.contracted(x.reshape(x.shape[0], -1, x.shape[-1]), w.mT).mul_(2)
         bend = bend.reshape(bend.shape[0], *out.shape)
-        second = bend if second is None else second.add_(bend)
+        second = bend if second is None else second + bend
     return first, second
+
+
+def _affine(x: Any, w: Any, b: Any, input: Tensor, weight: Tensor, out: Tensor) -> Any:
+    """Return the terms of an affine function from those of its input, weight and bias."""
+    rows = input.reshape(-1, input.shape[-1])
+    found: Any = None
+    if w is not None:
+        spread, turned = rows.expand(w.shape[0], *rows.shape), w.mT
+        found = torch.bmm(spread, turned) if b is None else _biased(b, spread, turned)
+    elif b is not None:
+        found = b.unsqueeze(1).expand(-1, rows.shape[0], -1)
+        found = found.clone() if x is not None else found
+    if x is None:
+        return None if found is None else found.reshape(found.shape[0], *out.shape)
+    if _is_spread(x):  # the same for all rows
+        moved = (x.reshape(x.shape[0], -1, x.shape[-1])[:, 0] @ weight.mT).unsqueeze(1)
+        found = moved.expand(-1, rows.shape[0], -1) if found is None else found.add_(moved)
+        return found.unflatten(1, out.shape[:-1]) if out.ndim > 1 else found[:, 0]
+    flat = x.reshape(-1, x.shape[-1])
+    if found is None:
+        found = flat @ weight.mT
+    else:
+        found.view(-1, found.shape[-1]).addmm_(flat, weight.mT)
+    return found.reshape(x.shape[0], *out.shape)
 
 
 def _biased(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def _matrices(t: Jets, out: Tensor, a: Tensor, b: Tensor) -> Pair:
         y = _batched(y, b, batch)
         bend = _contracted_in_batches(t, x, y).mul_(2)
         bend = bend.reshape(bend.shape[0], *out.shape)
-        second = bend if second is None else second.add_(bend)
+        second = bend if second is None else second + bend
     return first, second
 
 
@@ -200,20 +197,23 @@ def _convolution(name: str, dims: int) -> None:
         if input.ndim != dims + 2 or not out.numel() or not _usual(input, weight, bias):
             raise NotCoveredError("an unusual convolution")
         rest = stride, padding, dilation, groups
-        x, w, b = t(input), t(weight), t(bias)
-        first = None if x is None else _rows(function, x, weight, rest)
-        if w is not None:
-            moved = _columns(function, input, w, rest, groups)
-            first = moved if first is None else first.add_(moved)
-        if b is not None:
-            spread = b.reshape(b.shape[0], 1, -1, *[1] * dims)
-            first = spread.expand(-1, *out.shape) if first is None else first.add_(spread)
-        second = t.second(input)
-        if second is not None:
-            second = _rows(function, second, weight, rest)
+        x, w = t(input), t(weight)
+
+        def terms(x: Any, w: Any, b: Any) -> Any:
+            found = None if x is None else _rows(function, x, weight, rest)
+            if w is not None:
+                moved = _columns(function, input, w, rest, groups)
+                found = moved if found is None else found.add_(moved)
+            if b is not None:
+                spread = b.reshape(b.shape[0], 1, -1, *[1] * dims)
+                found = spread.expand(-1, *out.shape) if found is None else found.add_(spread)
+            return found
+
+        first = terms(x, w, t(bias))
+        second = terms(t.second(input), t.second(weight), t.second(bias))
         if x is not None and w is not None:
             bend = _bent(t, function, x, t.partner(w), rest, groups).mul_(2)
-            second = bend if second is None else second.add_(bend)
+            second = bend if second is None else second + bend
         return first, second
 
 

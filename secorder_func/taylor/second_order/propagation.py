@@ -111,6 +111,9 @@ class SecondOrderPropagation(Propagation):
     def set(self, x: Tensor, term: Any) -> None:
         """Remember the terms of a tensor for as long as this lives, and mark it if it has any."""
         if term is not None and not x.requires_grad:
+            self.shadows.note_born(
+                x
+            )  # which is told by the history else, and a marked tensor has none
             x.requires_grad_()
         super().set(x, term)
 
@@ -254,6 +257,8 @@ class SecondOrderPropagation(Propagation):
 
     def _by_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Evaluate a function without a rule: it must not depend on the parameters."""
+        if not self._asks((args, kwargs)):
+            return func(*args, **kwargs)  # which may be a switch, as of no_grad
         if not self._unique((args, kwargs)):
             with torch.no_grad():
                 return func(*args, **kwargs)
