@@ -58,6 +58,7 @@ coverage-table: $(VENV)/.dev ## write docs/coverage.md: what works by which mode
 
 proven: $(VENV)/.dev ## find the functions whose forward rule in torch may be differentiated
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.propagation
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.propagation_twice
 
 notebooks: $(VENV)/.dev ## run every notebook and store its outputs
 	@$(PYTEST) --nbmake --overwrite notebooks

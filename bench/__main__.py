@@ -22,6 +22,7 @@ QUESTIONS = (
     "single_product",
     "k_products",
     "trace",
+    "forms",
     "per_sample",
     "ggn",
     "memory",

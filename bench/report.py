@@ -71,6 +71,16 @@ def _trace(result: Result, section: Section) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
 
+def _forms(result: Result, section: Section) -> list[str]:
+    problems = result["problems"]
+    lines = [*_notes(result)]
+    for kind in ("samples", "ggn", "tiny", "laplacian", "chunk"):
+        some = [p for p in problems if p["name"].split()[0] == kind]
+        lines += ["In gradients; less is better.", "", *tables.table(some, tables.in_gradients), ""]
+        lines += tables.left_out(some)
+    return lines
+
+
 def _compile(result: Result, section: Section) -> list[str]:
     problems = result["problems"]
     lines = _products(result, section)
@@ -113,6 +123,7 @@ SECTIONS = (
     Section("single_product", "One exact Hessian-vector product", "torch-secorder exact_hvp"),
     Section("k_products", "Many products with one Hessian", "loop of torch-secorder exact_hvp"),
     Section("trace", "A trace by random probes", "torch-secorder hessian_trace", _trace),
+    Section("forms", "Forms without products", body=_forms),
     Section("per_sample", "A product for every sample", "loop of torch-secorder exact_hvp"),
     Section("ggn", "One Gauss-Newton product", "curvlinops GGN @ v, made before"),
     Section("memory", "Memory", body=_memory),

@@ -14,10 +14,10 @@ from secorder_func.rules.mode import SecondOrderRules
 from secorder_func.rules.torch_func import forward_mode_lock, jvp_aux
 from secorder_func.taylor.proven import NAMES
 
-__all__ = ["PROVEN", "exchanged", "pushed_by_torch"]
+__all__ = ["PROVEN", "exchanged", "named", "pushed_by_torch"]
 
 
-def _named(name: str) -> list[Any]:
+def named(name: str) -> list[Any]:
     """Return the function of torch with a dotted name, and the method of tensors that is the same."""
     found: Any = torch
     for part in name.split("."):
@@ -26,7 +26,7 @@ def _named(name: str) -> list[Any]:
     return [function for function in (found, method) if function is not None]
 
 
-PROVEN: frozenset[Any] = frozenset(chain.from_iterable(map(_named, NAMES)))
+PROVEN: frozenset[Any] = frozenset(chain.from_iterable(map(named, NAMES)))
 """The functions that a sweep proved right."""
 
 

@@ -24,6 +24,7 @@ from secorder_func.taylor.registry import (
     written_by_repair,
 )
 from secorder_func.taylor.second_order.derived import derived
+from secorder_func.taylor.second_order.general import PROVEN_TWICE, bent_by_torch
 from secorder_func.taylor.second_order.registry import CLOSED, WRITTEN
 
 __all__ = ["Draw", "SecondOrderPropagation"]
@@ -256,13 +257,20 @@ class SecondOrderPropagation(Propagation):
             self.set(out, _Jet(first, second))
 
     def _by_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Evaluate a function without a rule: it must not depend on the parameters."""
+        """Evaluate a function without a rule: torch's own was proved right, or it must not depend on the parameters."""
         if not self._asks((args, kwargs)):
             return func(*args, **kwargs)  # which may be a switch, as of no_grad
-        if not self._unique((args, kwargs)):
+        carried = self._unique((args, kwargs))
+        if not carried:
             with torch.no_grad():
                 return func(*args, **kwargs)
         out = func(*args, **kwargs)
+        if self._asks(out) and func in PROVEN_TWICE:
+            with A_TERM:
+                out, first, second = bent_by_torch(self, func, args, kwargs, carried)
+            self.kinds[func] = "general"
+            self._give(out, first, second)
+            return out
         if self._asks(out):
             raise NotPropagatedError(f"there is no second-order rule for {name_of(func)}")
         return out
