@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from secorder_func import tree
@@ -139,6 +138,18 @@ def _mix(words: Tensor) -> Tensor:
     return words ^ _shift(words, 31)
 
 
+_SIGN, _ONE = -(2**31), 0x3F800000
+"""Of a float32: the bit of the sign, and the number one."""
+
+
+def _mixed(word: int) -> int:
+    """Return `_mix` of one word."""
+    word %= 2**64
+    word = ((word ^ word >> 30) * _FIRST) % 2**64
+    word = ((word ^ word >> 27) * _SECOND) % 2**64
+    return _signed(word ^ word >> 31)
+
+
 def _signed(word: int) -> int:
     """Return an integer modulo 2**64, as int64 holds it."""
     return (word + 2**63) % 2**64 - 2**63
@@ -151,9 +162,8 @@ def _shift(words: Tensor, bits: int) -> Tensor:
 
 def _words(seed: int, probes: range, leaf: int, count: int, device: torch.device) -> Tensor:
     """Return `count` words for each probe and one leaf, `(len(probes), count)`."""
-    start = torch.tensor(_signed(seed), device=device)
     rows = torch.arange(probes.start, probes.stop, device=device)
-    keys = _mix(_mix(_mix(start) + rows * _GOLDEN) + _signed((leaf + 1) * _LEAF))
+    keys = _mix(_mix(rows * _GOLDEN + _mixed(seed)) + _signed((leaf + 1) * _LEAF))
     counter = torch.arange(1, count + 1, device=device) * _GOLDEN
     return _mix(keys[:, None] + counter)
 
@@ -175,11 +185,11 @@ def _shaped(entries: Tensor, probes: range, leaf: Tensor) -> Tensor:
 
 
 def _signs(seed: int, probes: range, index: int, leaf: Tensor) -> Tensor:
-    octets = _words(seed, probes, index, -(-leaf.numel() // 64), leaf.device).view(torch.uint8)
-    bits = torch.arange(8, device=leaf.device)
-    table = ((torch.arange(256, device=leaf.device)[:, None] >> bits) & 1) * 2 - 1
-    signs = F.embedding(octets.int(), table.to(_working_dtype(leaf)))  # (probes, octets, 8)
-    return _shaped(signs.flatten(1), probes, leaf)
+    # A bit, turned over, becomes the sign of a float32 one.
+    halves = ~_words(seed, probes, index, -(-leaf.numel() // 64), leaf.device).view(torch.int32)
+    places = torch.arange(31, -1, -1, dtype=torch.int32, device=leaf.device)
+    signs = (halves.unsqueeze(-1) << places).bitwise_and_(_SIGN).bitwise_or_(_ONE)
+    return _shaped(signs.view(torch.float32).flatten(1), probes, leaf)
 
 
 def _halves(seed: int, probes: range, index: int, leaf: Tensor) -> Tensor:

@@ -34,14 +34,22 @@ class Plan:
         As for `hutchinson_trace`.
     leaf
         The bytes of the largest leaf.
+    cache
+        How many bytes the largest term may take.
     """
 
     def __init__(
-        self, size: ChunkSize, budget: int | None, device: torch.device, leaf: int
+        self,
+        size: ChunkSize,
+        budget: int | None,
+        device: torch.device,
+        leaf: int,
+        *,
+        cache: int | None = None,
     ) -> None:
         self._size = size
         self._budget = budget
-        self._cache = 2**24 if device.type == "cpu" else 2**28
+        self._cache = cache or (2**24 if device.type == "cpu" else 2**28)
         self._drawn = 2 * self._cache
         self._leaf = leaf
 

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm, normalisation: functions of rows, in closed form."""
+"""Shapes, softmax and its logarithm, normalisation, in closed form."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ def _along(out: Tensor, input: Tensor, dim: Any) -> int:
     return int(dim) - max(1, out.ndim) if dim >= 0 else int(dim)
 
 
+_SHAPES = ("reshape", "view", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze")
+
+
+@closed(*forms(*_SHAPES))
+def _reshaped(t: Jets, out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Pair:
+    if out.dtype != input.dtype:
+        raise NotCoveredError("a view of the bits in another dtype")
+    first, second = t(input), t.second(input)
+    return (
+        first.reshape(first.shape[0], *out.shape),
+        None if second is None else second.reshape(second.shape[0], *out.shape),
+    )
+
+
 @closed(*forms("roll"))
 def _roll(t: Jets, out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Pair:
     if out.ndim:
@@ -39,6 +53,8 @@ def _softmax(
     if not out.ndim:
         return None, None
     centred = x - (x * out).sum(d, keepdim=True)
+    if t.only_first:
+        return centred.mul_(out), None
     bend = t.products(centred, centred)
     if second is not None:
         bend.add_(second)
@@ -57,6 +73,8 @@ def _log_softmax(
         return None, None
     shares = out.exp()
     first = x - (x * shares).sum(d, keepdim=True)
+    if t.only_first:
+        return first, None
     bend = t.products(first, first)
     if second is None:
         return first, (-(bend.mul_(shares)).sum(d, keepdim=True)).expand(bend.shape)
@@ -81,6 +99,8 @@ def _standardised(
     x, second = t(input), t.second(input)
     centred = x - x.mean(dims, keepdim=True)
     slope = (centred * out).mean(dims, keepdim=True)
+    if t.only_first:
+        return centred.sub_(slope * out).mul_(rstd), None
     squares = t.products(centred, centred).mean(dims, keepdim=True)
     bend = (3 * t.products(slope, slope) - squares) * out
     bend = bend.sub_(t.products(slope.expand(centred.shape), centred), alpha=2).mul_(rstd * rstd)

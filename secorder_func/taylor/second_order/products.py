@@ -35,7 +35,7 @@ def _mul(t: Jets, out: Tensor, input: Any, other: Any) -> Pair:
     a2, b2 = aligned(t.second(input), input, out), aligned(t.second(other), other, out)
     first = total(None if a is None else a * other, None if b is None else b * input)
     second = total(None if a2 is None else a2 * other, None if b2 is None else b2 * input)
-    if a is not None and b is not None:
+    if a is not None and b is not None and not t.only_first:
         second = _added(second, t.products(a, b).mul_(2))
     return first, second
 
@@ -58,7 +58,7 @@ def _div(t: Jets, out: Tensor, input: Any, other: Any, *, rounding_mode: Any = N
     a2, b2 = aligned(t.second(input), input, out), aligned(t.second(other), other, out)
     first = total(a, None if b is None else -(b * out)) / other
     second = total(a2, None if b2 is None else -(b2 * out))
-    if b is not None:
+    if b is not None and not t.only_first:
         second = _added(second, t.products(first, b.expand(first.shape)).mul_(-2))
     return first, None if second is None else second / other
 
@@ -82,7 +82,7 @@ def _linear(t: Jets, out: Tensor, input: Tensor, weight: Tensor, bias: Any = Non
     x, w = t(input), t(weight)
     first = _affine(x, w, t(bias), input, weight, out)
     second = _affine(t.second(input), t.second(weight), t.second(bias), input, weight, out)
-    if x is not None and w is not None:
+    if x is not None and w is not None and not t.only_first:
         bend = t.contracted(x.reshape(x.shape[0], -1, x.shape[-1]), w.mT).mul_(2)
         bend = bend.reshape(bend.shape[0], *out.shape)
         second = bend if second is None else second + bend
@@ -132,7 +132,7 @@ def _matrices(t: Jets, out: Tensor, a: Tensor, b: Tensor) -> Pair:
         raise NotCoveredError("an unusual product")
     x, y = t(a), t(b)
     first, second = _both_ways(x, y, a, b, out), _both_ways(t.second(a), t.second(b), a, b, out)
-    if x is not None and y is not None:
+    if x is not None and y is not None and not t.only_first:
         batch = out.shape[:-2]
         x = _batched(x, a, batch)
         y = _batched(y, b, batch)
@@ -211,7 +211,7 @@ def _convolution(name: str, dims: int) -> None:
 
         first = terms(x, w, t(bias))
         second = terms(t.second(input), t.second(weight), t.second(bias))
-        if x is not None and w is not None:
+        if x is not None and w is not None and not t.only_first:
             bend = _bent(t, function, x, t.partner(w), rest, groups).mul_(2)
             second = bend if second is None else second + bend
         return first, second

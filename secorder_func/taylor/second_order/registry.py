@@ -2,7 +2,8 @@
 
 A rule is `(t, out, *args, **kwargs) -> (first, second)`. `t(x)` is the stack of first-order terms of `x`, one for each
 of K vectors, shape `(K, *x.shape)`; `t.second(x)` the sums of second-order terms over each of J groups of vectors,
-shape `(J, *x.shape)`. None is zero. For `y = f(x)` and the vectors of one group
+shape `(J, *x.shape)`. None is zero, and with `t.only_first` the second may be left out. For `y = f(x)` and the vectors
+of one group
 
     first_k = f'(x) x1_k            second = f'(x) x2 + sum over k of f''(x)[x1_k, x1_k].
 
@@ -26,6 +27,7 @@ class Jets(Protocol):
     """What a second-order rule may know."""
 
     groups: int
+    only_first: bool
 
     def __call__(self, x: Any, /) -> Any:
         """Return the first-order terms of `x`, None where they are zero."""
@@ -84,7 +86,7 @@ def curved(t: Jets, input: Tensor, slope: Tensor, curve: Tensor | float | None) 
     first, second = t(input), t.second(input)
     if second is not None:
         second = second * slope
-    if curve is not None:
+    if curve is not None and not t.only_first:
         bend = t.products(first, first)
         bend = bend.mul_(curve)
         second = bend if second is None else second.add_(bend)
