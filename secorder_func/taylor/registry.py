@@ -90,7 +90,7 @@ class Rule:
     Attributes
     ----------
     kind
-        What the function is.
+        What the function is, as for `tangent`.
     push
         `(t, out, *args, **kwargs) -> term of out`; for what is written out of other functions
         `(*args, **kwargs) -> out`, to be evaluated under the propagation; for what is evaluated together with its term
@@ -166,7 +166,8 @@ def tangent(*functions: Any, kind: Kind = "closed", by_output: bool = False) -> 
         What the loss calls: a function of torch, or one of your own that `torch.overrides.wrap_torch_function` shows to
         modes. One that has a rule is refused.
     kind
-        What the function is; said in reports only.
+        What the function is. Second-order terms rely on it: what is `"linear"` or a `"selection"` (piecewise linear)
+        has no second derivative, and what is `"elementwise"` in one tensor is differentiated entry by entry.
     by_output
         As for `Rule`.
 

@@ -145,9 +145,7 @@ def _form(
 
     def by_products() -> Tensor:
         u, v = vectors[0], vectors[-1]
-        value = checked_value(
-            evaluated(lambda rules: loss.eager(), forward=False, higher=False), where
-        )
+        value = checked_value(loss.eager(), where)
 
         def weighted(weights: Tensor) -> Tensor:
             def total(params: Tree) -> Tensor:
