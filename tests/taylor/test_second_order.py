@@ -95,20 +95,13 @@ def test_whole_models(name: str) -> None:
     problem = problems.load(name)
     if problem.random:
         pytest.skip("two evaluations draw different numbers")
-    try:
-        assert_forms(
-            problem.f,
-            problem.params,
-            *problem.args,
-            rtol=max(10 * problem.rtol, 1e-10),
-            model=problem.model,
-        )
-    except RuntimeError:
-        assert name in NOT_COVERED
-
-
-NOT_COVERED = {"linear_algebra"}
-"""Models with a function that has no second-order rule."""
+    assert_forms(
+        problem.f,
+        problem.params,
+        *problem.args,
+        rtol=max(10 * problem.rtol, 1e-10),
+        model=problem.model,
+    )
 
 
 @pytest.mark.parametrize(
