@@ -345,6 +345,23 @@ def test_writes_inside_the_loss() -> None:
     assert bool((buffer == 0).all())
 
 
+def test_a_write_through_a_view_is_exact_by_products() -> None:
+    def f(p: Tensor) -> Tensor:
+        y = (2 * p).clone()
+        y.view(-1).mul_(p)
+        y.view(-1)[0] = p[1] ** 2
+        return (y**3).sum()
+
+    def g(p: Tensor) -> Tensor:
+        return (torch.stack([p[1] ** 2, 2 * p[1] ** 2]) ** 3).sum()
+
+    p, v = torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, -1.0]).double()
+    with pytest.warns(CurvatureFallbackWarning, match="several names"):
+        found = quadratic_form(f)(p, v)
+    exact = oracles.dot(v, oracles.hvp(g, p, v))
+    assert float(found) == pytest.approx(float(exact), rel=1e-10)
+
+
 def test_an_error_of_the_loss_is_the_users_own_and_leaves_nothing_behind() -> None:
     p = torch.ones(2)
 

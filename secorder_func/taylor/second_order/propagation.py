@@ -8,6 +8,7 @@ has terms.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -111,16 +112,12 @@ class SecondOrderPropagation(Propagation):
 
     def set(self, x: Tensor, term: Any) -> None:
         """Remember the terms of a tensor for as long as this lives, and mark it if it has any."""
-        if term is not None and not x.requires_grad:
-            self.shadows.note_born(
-                x
-            )  # which is told by the history else, and a marked tensor has none
-            x.requires_grad_()
+        if term is not None and not isinstance(term, _Leaf):
+            # Its history would say that it was made here, but it has none.
+            self.shadows.born[id(x)] = weakref.ref(x)
+            if not x.requires_grad:
+                x.requires_grad_()
         super().set(x, term)
-
-    def jet_of(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Return both terms of a tensor, None where they are zero."""
-        return self._jet(x)
 
     # -------------------------------------------------------------------- sums over the vectors
 
@@ -280,6 +277,8 @@ class SecondOrderPropagation(Propagation):
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Evaluate a function that writes its first argument, which must have no other name."""
         target = args[0]
+        if any(it is target and id(of) in self.known for of, it in self.shadows.replaced.values()):
+            raise NotPropagatedError("a copy of a tensor that has terms is written to")
         carried = self._unique((args, kwargs))
         if not carried:
             return self.value(func, args, kwargs)
