@@ -23,6 +23,7 @@ QUESTIONS = (
     "k_products",
     "trace",
     "forms",
+    "trace_growth",
     "per_sample",
     "ggn",
     "memory",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secorder_func import functional_loss
 
-__all__ = ["BIG", "PROBLEMS", "TIMED", "Problem", "problem"]
+__all__ = ["BIG", "PROBLEMS", "TIMED", "Problem", "problem", "problem_of"]
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,10 @@ class Residual(nn.Module):
         return self.act(y + self.around(x))
 
 
-def _problem(
+def problem_of(
     name: str, description: str, model: nn.Module, inputs: Tensor, classes: int
 ) -> Problem:
+    """Return a classification with random targets and a random vector."""
     samples = inputs.numel() if not inputs.is_floating_point() else inputs.shape[0]
     targets = torch.randint(classes, (samples,))
     vector = tuple(torch.randn_like(p) for p in model.parameters())
@@ -160,21 +161,23 @@ def _problem(
 
 def tiny() -> Problem:
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4))
-    return _problem("tiny", "MLP 10-16-4, tanh, batch 32", model, torch.randn(32, 10), 4)
+    return problem_of("tiny", "MLP 10-16-4, tanh, batch 32", model, torch.randn(32, 10), 4)
 
 
 def small() -> Problem:
     model = nn.Sequential(
         nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 32), nn.Tanh(), nn.Linear(32, 10)
     )
-    return _problem("small", "MLP 64-100-32-10, tanh, batch 32", model, torch.randn(32, 64), 10)
+    return problem_of("small", "MLP 64-100-32-10, tanh, batch 32", model, torch.randn(32, 64), 10)
 
 
 def mlp() -> Problem:
     model = nn.Sequential(
         nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)
     )
-    return _problem("mlp", "MLP 784-512-512-10, tanh, batch 128", model, torch.randn(128, 784), 10)
+    return problem_of(
+        "mlp", "MLP 784-512-512-10, tanh, batch 128", model, torch.randn(128, 784), 10
+    )
 
 
 def cnn() -> Problem:
@@ -185,19 +188,19 @@ def cnn() -> Problem:
         *(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)),
     )
     description = "CNN, 3 convolutions (32, 64, 64 channels), GELU, 32 images of 32 x 32"
-    return _problem("cnn", description, model, torch.randn(32, 3, 32, 32), 10)
+    return problem_of("cnn", description, model, torch.randn(32, 3, 32, 32), 10)
 
 
 def gpt() -> Problem:
     model = GPT(vocabulary=256, width=128, heads=4, layers=4, length=64)
     description = "GPT, 4 layers, width 128, 4 heads, 8 x 64 tokens of 256"
-    return _problem("gpt", description, model, torch.randint(256, (8, 64)), 256)
+    return problem_of("gpt", description, model, torch.randint(256, (8, 64)), 256)
 
 
 def gpt_tiny() -> Problem:
     model = GPT(vocabulary=256, width=64, heads=4, layers=2, length=64)
     description = "GPT, 2 layers, width 64, 4 heads, 8 x 64 tokens of 256"
-    return _problem("gpt_tiny", description, model, torch.randint(256, (8, 64)), 256)
+    return problem_of("gpt_tiny", description, model, torch.randint(256, (8, 64)), 256)
 
 
 def deep() -> Problem:
@@ -209,7 +212,7 @@ def deep() -> Problem:
         layers += [layer, nn.Tanh()]
     model = nn.Sequential(*layers, nn.Linear(32, 4))
     description = "MLP, 32 layers of width 32, tanh, batch 32"
-    return _problem("deep", description, model, torch.randn(32, 32), 4)
+    return problem_of("deep", description, model, torch.randn(32, 32), 4)
 
 
 def _deep_wide(name: str, activation: nn.Module) -> Problem:
@@ -219,7 +222,7 @@ def _deep_wide(name: str, activation: nn.Module) -> Problem:
         layers += [nn.Linear(256, 256), activation]
     model = nn.Sequential(*layers, nn.Linear(256, 10))
     description = f"MLP, 24 layers of width 256, {activation}, batch 512"
-    return _problem(name, description, model, torch.randn(512, 256), 10)
+    return problem_of(name, description, model, torch.randn(512, 256), 10)
 
 
 def deep_tanh() -> Problem:
@@ -242,7 +245,7 @@ def resnet() -> Problem:
     description = (
         "ResNet, 3 stages (16, 32, 64 channels), BatchNorm in eval, SiLU, 16 images of 32 x 32"
     )
-    return _problem("resnet", description, model.eval(), torch.randn(16, 3, 32, 32), 10)
+    return problem_of("resnet", description, model.eval(), torch.randn(16, 3, 32, 32), 10)
 
 
 def stack(width: int, depth: int, batch: int) -> Problem:
@@ -251,7 +254,7 @@ def stack(width: int, depth: int, batch: int) -> Problem:
     model = nn.Sequential(*hidden, nn.Linear(width, 10))
     name = f"stack-{width}-{depth}-{batch}"
     description = f"MLP, {depth} layers of width {width}, tanh, batch {batch}"
-    return _problem(name, description, model, torch.randn(batch, width), 10)
+    return problem_of(name, description, model, torch.randn(batch, width), 10)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

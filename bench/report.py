@@ -81,6 +81,24 @@ def _forms(result: Result, section: Section) -> list[str]:
     return lines
 
 
+def _trace_growth(result: Result, section: Section) -> list[str]:
+    lines = [*_notes(result)]
+    for kind in ("probes", "stack", "gpt-"):
+        some = [p for p in result["problems"] if kind in p["name"]]
+        if some:
+            lines += [
+                "In gradients; less is better.",
+                "",
+                *tables.table(some, tables.in_gradients),
+                "",
+            ]
+    some = [p for p in result["problems"] if p["name"].startswith("memory")]
+    if some:
+        rows = tables.table(some, tables.fact("peak_mib"), names=lambda record: True)
+        lines += ["MiB, by the number of layers, 256 wide, 512 rows:", "", *rows, ""]
+    return lines
+
+
 def _compile(result: Result, section: Section) -> list[str]:
     problems = result["problems"]
     lines = _products(result, section)
@@ -124,6 +142,7 @@ SECTIONS = (
     Section("k_products", "Many products with one Hessian", "loop of torch-secorder exact_hvp"),
     Section("trace", "A trace by random probes", "torch-secorder hessian_trace", _trace),
     Section("forms", "Forms without products", body=_forms),
+    Section("trace_growth", "Growth of a trace", body=_trace_growth),
     Section("per_sample", "A product for every sample", "loop of torch-secorder exact_hvp"),
     Section("ggn", "One Gauss-Newton product", "curvlinops GGN @ v, made before"),
     Section("memory", "Memory", body=_memory),
@@ -153,7 +172,10 @@ def write_page(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES
 
 def _draw(section: Section, result: Result, path: Path) -> None:
     problems = result["problems"]
-    if section.name == "growth":
+    if section.name == "trace_growth":
+        timed = [p for p in problems if "gradients" in p["candidates"][-1]]
+        plots.bars(timed, path, key="gradients", label="gradients; less is better")
+    elif section.name == "growth":
         plots.lines(result["axes"], path)
     elif section.name == "drop_in":
         rows = [(f"{p['name']}, {p['problem']}", tables.speed(p)) for p in problems]
