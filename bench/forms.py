@@ -12,8 +12,9 @@ Expected story, written before the first run of this file. By the count of produ
 samples cost 1.3 gradients, 2 with overhead; mapped products write 256 copies of the parameters, 60 to 120. A
 Gauss-Newton probe costs 0.5, 0.8 and 0.8, curvlinops 3 times that. 64 probes on the tiny MLP are one evaluation of 3
 ms: 20 times faster than torch-secorder. The Laplacian shares one basis among all points, so that the first layer is
-free: three times faster than `vmap(hessian)`, 2.5 than nested jvp. Chunks: the evaluation and its overhead are shared
-until the terms leave the caches, so that the MLP is best at 16, the CNN at 4 and the GPT at 16.
+free: three times faster than `vmap(hessian)`, 2.5 than nested jvp. Chunks, after trials by hand and so no prediction:
+the evaluation and its overhead are shared until the terms leave the caches, so that the MLP is best at 16, the CNN at 4
+and the GPT at 16.
 """
 
 from __future__ import annotations
