@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import check_number
 from secorder_func.errors import message
 from secorder_func.typing import Tree
 
@@ -56,9 +57,11 @@ class Estimate:
         >>> f"{float(low):.2f} {float(high):.2f}"
         '7.64 12.36'
         """
+        where = "Estimate.interval"
+        check_number(confidence, where, name="confidence")
         if not 0 < confidence < 1:
             problem = f"confidence must be in (0, 1), got {confidence}"
-            raise ValueError(message("Estimate.interval", problem))
+            raise ValueError(message(where, problem, "Pass a probability, such as 0.95"))
         degrees = self.num_matvecs - 1
         if self.degrees_of_freedom is not None:
             degrees = self.degrees_of_freedom

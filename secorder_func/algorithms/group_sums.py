@@ -132,7 +132,7 @@ def _entries(
     start = 0
     while start < leaf.numel():
         size = plan.size(leaf.numel() - start, 1, forms.largest)
-        draw = partial(_rows, start, size, leaf)
+        draw = partial(tree.basis, leaf, start, start + size)
         draws = [draw if place == index else None for place in range(len(leaves))]
         try:
             found = forms(draws, size, size)
@@ -146,9 +146,3 @@ def _entries(
         parts.append(found)
         start += size
     return torch.cat(parts) if parts else leaf.new_zeros(0)
-
-
-def _rows(start: int, count: int, leaf: Tensor) -> Tensor:
-    rows = torch.zeros(count, leaf.numel(), dtype=leaf.dtype, device=leaf.device)
-    rows[:, start : start + count].fill_diagonal_(1)
-    return rows.reshape(count, *leaf.shape)

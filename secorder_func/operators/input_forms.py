@@ -46,13 +46,9 @@ def input_forms(
     outside = differentiated_outside(x, args, tuple(kwargs.values()))
     if per_sample:
         require_samples(loss)
-    proved = False
+        refuse_dependence(loss)
 
     def compute(draws: Sequence[Draw | None], count: int, groups: int) -> tuple[Tensor, int]:
-        nonlocal proved
-        if per_sample and not proved:
-            refuse_dependence(loss)
-            proved = True
         return propagated_to_second_order(
             loss.leaves,
             draws,

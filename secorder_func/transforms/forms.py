@@ -238,19 +238,17 @@ def propagated_to_second_order(
     groups: int,
     originals: Leaves | None = None,
     across: bool = False,
-    only_first: bool = False,
 ) -> tuple[Tensor, int]:
-    """Return the terms of a value, of second order or with `only_first` of first, and the bytes of the largest.
+    """Return the second-order terms of a value, with a leading axis of groups, and the bytes of the largest term.
 
-    Arguments as for `SecondOrderPropagation`; the terms have a leading axis of groups, or of vectors.
+    Arguments as for `SecondOrderPropagation`.
     """
 
     def both(terms: SecondOrderPropagation, at: Leaves) -> tuple[Tensor, int, Any]:
         value = evaluate(terms, at)
-        found: Tensor | None = terms(value) if only_first else terms.second(value)
+        found: Tensor | None = terms.second(value)
         if found is None:
-            shape = (count if only_first else groups, *value.shape)
-            found = torch.zeros(shape, dtype=value.dtype, device=value.device)
+            found = value.new_zeros(groups, *value.shape)
         return found, terms.largest, terms.constants
 
     found, largest, constants = _evaluated(
@@ -261,7 +259,6 @@ def propagated_to_second_order(
         groups=groups,
         originals=originals,
         across=across,
-        only_first=only_first,
     )
     (found,) = with_constants((found,), constants.values())
     return found, largest

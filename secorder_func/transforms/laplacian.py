@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch.func import vmap
 from secorder_func import tree
 from secorder_func.checks import check_callable
 from secorder_func.errors import ArgumentError, message
+from secorder_func.rules.levels import mapping
+from secorder_func.rules.torch_func import grad
 from secorder_func.transforms.forms import (
     checked_value,
-    itself,
     propagated_to_second_order,
     quadratic_form,
 )
 from secorder_func.transforms.hessian import hvp
-from secorder_func.transforms.loss import FlatLoss, flat_loss
+from secorder_func.transforms.loss import FlatLoss, Leaves, flat_loss
 from secorder_func.transforms.plan import Plan
 from secorder_func.transforms.policy import differentiated_outside, first_exact, in_transform
 from secorder_func.typing import Tree
@@ -29,7 +31,7 @@ __all__ = ["laplacian", "plan_for", "refuse_dependence", "require_samples"]
 
 _CACHE = 2**22
 _PROOFS = 4
-"""Random subsets of the samples that are moved to see whether others move with them."""
+"""How many random halves of the values are asked for gradients in the other samples."""
 
 
 def laplacian(f: Callable[..., Tensor], *, per_sample: bool = False) -> Callable[..., Tensor]:
@@ -57,7 +59,7 @@ def laplacian(f: Callable[..., Tensor], *, per_sample: bool = False) -> Callable
     -----
     By second-order forward propagation along all basis vectors at once, whose second-order terms are summed as they
     propagate; without rules for every function, by a product for each basis vector, with a warning. Products are taken
-    where the Laplacian is itself differentiated.
+    where the Laplacian is itself differentiated. Whether samples depend on each other is not seen under vmap.
 
     References
     ----------
@@ -75,12 +77,15 @@ def laplacian(f: Callable[..., Tensor], *, per_sample: bool = False) -> Callable
 
     def transformed(x: Tree, /, *args: Any, **kwargs: Any) -> Tensor:
         loss = flat_loss(f, x, args, kwargs, has_aux=False, where="laplacian")
+        if per_sample:
+            require_samples(loss)
+            refuse_dependence(loss)
         if differentiated_outside(x, args, tuple(kwargs.values())) or in_transform():
-            return _by_products(f, loss, x, args, kwargs, per_sample)
+            return _by_products(f, x, args, kwargs, per_sample)
         _, found = first_exact(
             [
                 ("propagation", lambda: _by_propagation(loss, per_sample)),
-                ("products", lambda: _by_products(f, loss, x, args, kwargs, per_sample)),
+                ("products", lambda: _by_products(f, x, args, kwargs, per_sample)),
             ],
             where="laplacian",
             tensors=loss.leaves,
@@ -100,9 +105,6 @@ def plan_for(loss: FlatLoss) -> Plan:
 
 
 def _by_propagation(loss: FlatLoss, per_sample: bool) -> Tensor:
-    if per_sample:
-        require_samples(loss)
-        refuse_dependence(loss)
     total: Tensor | None = None
     term = None
     plan = plan_for(loss)
@@ -115,7 +117,7 @@ def _by_propagation(loss: FlatLoss, per_sample: bool) -> Tensor:
             found, term = propagated_to_second_order(
                 loss.leaves,
                 [draw if place == index else None for place in range(len(loss.leaves))],
-                lambda terms, at: checked_value(loss.evaluate(tuple(at)), loss.where),
+                lambda terms, at: checked_value(loss.evaluate(at), loss.where),
                 count=size,
                 groups=1,
             )
@@ -126,9 +128,7 @@ def _by_propagation(loss: FlatLoss, per_sample: bool) -> Tensor:
 
 def _basis(start: int, size: int, leaf: Tensor, shape: torch.Size) -> Tensor:
     """Return some basis vectors of one leaf, the same for all samples if the shape is that of one."""
-    rows = torch.zeros(size, shape.numel(), dtype=leaf.dtype, device=leaf.device)
-    rows[:, start : start + size].fill_diagonal_(1)
-    rows = rows.reshape(size, *shape)
+    rows: Tensor = tree.basis(leaf.new_zeros(shape), start, start + size)
     return rows if len(shape) == leaf.ndim else rows.unsqueeze(1).expand(size, *leaf.shape)
 
 
@@ -137,49 +137,44 @@ def require_samples(loss: FlatLoss) -> None:
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in loss.leaves}
     if len(lengths) != 1 or None in lengths:
         problem = f"per_sample=True needs a leading axis of samples, got leaves of {sorted(map(str, lengths))}"
-        raise ArgumentError(message(loss.where, problem))
+        mend = "Give every leaf one row a sample, or take per_sample=False"
+        raise ArgumentError(message(loss.where, problem, mend))
 
 
 def refuse_dependence(loss: FlatLoss) -> None:
-    """Raise if a value moves when other samples do: what is moved is random, and so are the samples."""
+    """Raise if some values have a gradient in the other samples: the values are a random half, some times.
+
+    Under vmap and torch.compile, where no value can be looked at, it says nothing.
+    """
+    if torch.compiler.is_compiling() or mapping():
+        return
     count = loss.leaves[0].shape[0]
-    device = loss.leaves[0].device
     generator = torch.Generator().manual_seed(count)
-    moved = torch.rand(_PROOFS, count, generator=generator).to(device) < 0.5
 
-    def draw(leaf: Tensor) -> Tensor:
-        along = torch.randn(leaf.shape[1:], generator=generator).to(leaf)
-        return along * moved.reshape(_PROOFS, count, *[1] * (leaf.ndim - 1))
-
-    stacks = [draw(leaf) for leaf in loss.leaves]
-
-    def value(terms: Any, at: Sequence[Tensor]) -> Tensor:
-        found = checked_value(loss.evaluate(tuple(at)), loss.where)
+    def weighted(weights: Tensor, leaves: Leaves) -> Tensor:
+        found = checked_value(loss.evaluate(leaves), loss.where)
         if not found.ndim or found.shape[0] != count:
             problem = (
                 f"per_sample=True needs one value a sample, {count}, got shape {tuple(found.shape)}"
             )
             raise ArgumentError(message(loss.where, problem, "Take per_sample=False"))
-        return found
+        return (found * weights.to(found).reshape(-1, *[1] * (found.ndim - 1))).sum()
 
-    first, _ = propagated_to_second_order(
-        loss.leaves,
-        [partial(itself, stack) for stack in stacks],
-        value,
-        count=_PROOFS,
-        groups=_PROOFS,
-        only_first=True,
-    )
-    still = ~moved.reshape(_PROOFS, count, *[1] * (first.ndim - 2))
-    if bool(((first.abs() > 0) & still).any()):
-        problem = "per_sample=True needs samples that do not depend on each other"
-        mend = "Put modules like BatchNorm into eval mode, or take per_sample=False"
-        raise ArgumentError(message(loss.where, problem, mend))
+    for _ in range(_PROOFS):
+        weights = torch.randn(count, generator=generator)
+        others = weights < 0
+        scalar = replace(loss, evaluate=partial(weighted, weights.clamp(min=0)))
+        found, _ = grad(scalar.at(forward=False, higher=False), has_aux=True)(loss.leaves)
+        if any(bool((leaf[others.to(leaf.device)].abs() > 0).any()) for leaf in found):
+            problem = (
+                "per_sample=True needs samples that do not depend on each other, got some that do"
+            )
+            mend = "Put modules like BatchNorm into eval mode, or take per_sample=False"
+            raise ArgumentError(message(loss.where, problem, mend))
 
 
 def _by_products(
     f: Callable[..., Tensor],
-    loss: FlatLoss,
     x: Tree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -187,8 +182,6 @@ def _by_products(
 ) -> Tensor:
     """Return it by a product for each basis vector, which may be differentiated."""
     leaves, unflatten = tree.flatten(x)
-    if per_sample:
-        require_samples(loss)
 
     def entry(index: int, basis: Tensor) -> Tensor:
         v = unflatten([basis if i == index else torch.zeros_like(t) for i, t in enumerate(leaves)])

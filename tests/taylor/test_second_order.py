@@ -244,6 +244,10 @@ def test_a_differentiated_laplacian_takes_products() -> None:
 def test_samples_that_depend_on_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="do not depend on each other"):
         laplacian(lambda x: (x * x.mean(0)).sum(-1), per_sample=True)(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="do not depend on each other"):  # by products, too
+        laplacian(lambda x: (x * x.mean(0)).sum(-1), per_sample=True)(
+            torch.randn(4, 3, requires_grad=True)
+        )
     with pytest.raises(ValueError, match="one value a sample"):
         laplacian(lambda x: x.sum(), per_sample=True)(torch.randn(4, 3))
     with pytest.raises(ValueError, match="leading axis"):
