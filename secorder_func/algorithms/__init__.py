@@ -1,10 +1,15 @@
 """Numbers from operators: algorithms that know products and trees, and nothing of losses or derivatives."""
 
 from secorder_func.algorithms import probes
-from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal
+from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal, xdiag
 from secorder_func.algorithms.directions import filter_normalized, random_direction
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.laplacian import hutchinson_laplacian
+from secorder_func.algorithms.low_rank_trace import hutchpp_trace, xnystrace, xtrace
+from secorder_func.algorithms.norms import (
+    hutchinson_squared_frobenius_norm,
+    hutchinson_squared_row_norms,
+)
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
 __all__ = [
@@ -14,7 +19,13 @@ __all__ = [
     "filter_normalized",
     "hutchinson_diagonal",
     "hutchinson_laplacian",
+    "hutchinson_squared_frobenius_norm",
+    "hutchinson_squared_row_norms",
     "hutchinson_trace",
+    "hutchpp_trace",
     "probes",
     "random_direction",
+    "xdiag",
+    "xnystrace",
+    "xtrace",
 ]

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.group_sums import exact_forms
+from secorder_func.algorithms.estimate import Estimate, State
+from secorder_func.algorithms.group_sums import Operator, Sampling, exact_forms
+from secorder_func.algorithms.low_rank import (
+    Products,
+    RangeFinder,
+    error_of_mean,
+    left_out,
+    mean_over_pairs,
+)
+from secorder_func.algorithms.moments import Moments
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
-from secorder_func.checks import check_count
-from secorder_func.operators import LinearOperator
+from secorder_func.algorithms.stopping import Accumulated, Target, estimated
+from secorder_func.errors import ArgumentError, message
+from secorder_func.operators import LinearOperator, PerSampleOperator
 from secorder_func.operators.linear_operator import check_real_operator
 from secorder_func.typing import ChunkSize, Tree
 
-__all__ = ["exact_diagonal", "hutchinson_diagonal"]
+__all__ = ["exact_diagonal", "hutchinson_diagonal", "xdiag"]
 
 
 def hutchinson_diagonal(
-    op: LinearOperator,
-    num_matvecs: int,
+    op: Operator,
+    num_matvecs: int | None = None,
     /,
     *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_matvecs: int | None = None,
+    resume: Estimate | None = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -33,13 +44,14 @@ def hutchinson_diagonal(
 
     Parameters
     ----------
-    op, num_matvecs, generator, chunk_size, memory_budget, distribution
+    op, num_matvecs, rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget, distribution
         As for `hutchinson_trace`.
 
     Returns
     -------
     Estimate
-        Value and standard error are trees like `op.like`; unbiased.
+        Value and standard error are trees like `op.like`, of a per-sample operator with a leading axis of samples;
+        unbiased.
 
     Raises
     ------
@@ -64,42 +76,154 @@ def hutchinson_diagonal(
     >>> hutchinson_diagonal(op, 2).value
     tensor([ 6., 12.])
     """
-    check_count(num_matvecs, "hutchinson_diagonal", name="num_matvecs")
-    check_distribution(distribution, "hutchinson_diagonal")
-    check_real_operator(op, "hutchinson_diagonal")
-    chunks = op.chunks(chunk_size, memory_budget, "hutchinson_diagonal")
-    seed = draw_seed(generator)
+    where = "hutchinson_diagonal"
+    check_real_operator(op, where, per_sample=True)
+    target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
+    check_distribution(distribution, where)
 
-    def probes(rows: slice) -> Tree:
-        return distribution(seed, range(rows.start, rows.stop), op.like)
+    def samples(vectors: Tree) -> Tree:
+        products = op.mm(vectors, chunk_size=None)
+        if isinstance(op, PerSampleOperator):
+            vectors = tree.map(lambda leaf: leaf.unsqueeze(1), vectors)
+        return tree.map(torch.mul, products, vectors)
 
-    def moments(vectors: Tree, rows: slice) -> tuple[int, Tree, Tree]:
-        samples = tree.map(torch.mul, vectors, op.mm(vectors, chunk_size=None))
-        spread = tree.map(lambda x: (x - x.mean(0)).square().sum(0), samples)
-        return rows.stop - rows.start, tree.map(lambda x: x.mean(0), samples), spread
+    def begin(state: State | None) -> Moments:
+        seed = draw_seed(generator) if state is None else state["seed"]
+        sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
+        return Moments(sampling, samples, state)
 
-    done, mean, spread = 0, None, None  # spread: sum of squared deviations from the mean
-    for count, chunk_mean, chunk_spread in chunks.map(probes, moments, num_matvecs):
-        if mean is None:
-            mean, spread = chunk_mean, chunk_spread
-        else:  # Chan, Golub and LeVeque's pairwise update
-            apart = tree.sub(chunk_mean, mean)
-            mean = tree.axpy(count / (done + count), apart, mean)
-            between = tree.scale(done * count / (done + count), tree.map(torch.square, apart))
-            spread = tree.add(tree.add(spread, chunk_spread), between)
-        done += count
-    error = _standard_error(spread, num_matvecs)
-    return Estimate(mean, error, num_matvecs, chunks.largest, num_matvecs - 1)
+    return estimated(target, resume, begin, where)
 
 
-def _standard_error(spread: Tree, count: int) -> Tree:
-    if count == 1:
-        return tree.map(lambda leaf: torch.full_like(leaf, math.inf), spread)
-    return tree.map(lambda leaf: leaf.detach().sqrt() / math.sqrt(count * (count - 1)), spread)
+def xdiag(
+    op: LinearOperator,
+    num_matvecs: int | None = None,
+    /,
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_matvecs: int | None = None,
+    resume: Estimate | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> Estimate:
+    """Estimate the diagonal by XDiag: every probe in turn is left out of a sketch and estimates what that misses.
+
+    Parameters
+    ----------
+    op
+        A real, symmetric operator.
+    num_matvecs
+        How many products, an even number of them is made: half for the sketch, half for its basis. From the size of
+        the space on, the exact diagonal is returned.
+    rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget
+        As for `hutchinson_trace`. Two and a half times `num_matvecs` vectors are kept.
+
+    Returns
+    -------
+    Estimate
+        Value and standard error are trees like `op.like`; unbiased.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `hutchinson_trace`; also an operator that is not symmetric.
+
+    Notes
+    -----
+    Exact for a matrix of rank below half of `num_matvecs`; pays where eigenvalues decay. No derivative is recorded.
+
+    References
+    ----------
+    E. N. Epperly, J. A. Tropp, R. J. Webber, XTrace: making the most of every sample in stochastic trace estimation,
+    SIAM Journal on Matrix Analysis and Applications 45(1), 2024. https://doi.org/10.1137/23M1548323
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import LinearOperator, xdiag
+    >>> ones = LinearOperator(lambda v: v.sum().expand(4), torch.zeros(4))
+    >>> xdiag(ones, 4).value.round(decimals=4)
+    tensor([1., 1., 1., 1.])
+    """
+    where = "xdiag"
+    check_real_operator(op, where)
+    if not op.symmetric:
+        mend = "Take hutchinson_diagonal, which needs no symmetry"
+        raise ArgumentError(message(where, "the operator is not symmetric", mend))
+    target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
+
+    def begin(state: State | None) -> Accumulated:
+        seed = draw_seed(generator) if state is None else state["seed"]
+        return _XDiag(op, Sampling(op, seed, rademacher, chunk_size, memory_budget, where), state)
+
+    return estimated(target, resume, begin, where)
+
+
+class _XDiag:
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        self.op, self.sampling = op, sampling
+        self.range = RangeFinder(Products(op, sampling, state), state)
+        self.exact: Tensor | None = None if state is None else state["exact"]
+
+    def extend(self, total: int) -> None:
+        """Make what is missing."""
+        if total < self.op.shape[0]:
+            self.range.extend(max(1, total // 2))
+        elif self.exact is None:
+            sampling = self.sampling
+            diagonal = exact_diagonal(
+                self.op, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
+            )
+            self.exact = tree.ravel(diagonal)[0].detach()
+
+    def estimate(self, total: int) -> Estimate:
+        """Return the mean over the probes that were left out."""
+        n, unravel = self.op.shape[0], tree.ravel(self.op.like)[1]
+        if self.exact is not None:
+            zeros = torch.zeros_like(self.exact)
+            return Estimate(
+                unravel(self.exact), unravel(zeros), n, degrees_of_freedom=max(1, n - 1)
+            )
+        Q, AQ, R = self.range.basis, self.range.products, self.range.triangle
+        probes = self.range.sketch.probes()
+        k = len(Q)
+        lost = left_out(R)
+        F, E = lost.T @ Q, lost.T @ AQ
+        lengths = (lost * R).sum(0).unsqueeze(1)  # of (I - Q_i Q_i^T) A w_i, along direction i
+        weighted = lengths * probes
+        values = (Q * AQ).sum(0) - F * E + weighted * F
+        step = max(1, _PAIRS_AT_ONCE // k**2)
+        near = (lost.T @ lost).unsqueeze(2)
+        some = [slice(start, start + step) for start in range(0, n, step)]
+        parts = [_covariance(F[:, part], E[:, part], weighted[:, part], near) for part in some]
+        error = error_of_mean(values, torch.cat(parts))
+        return Estimate(unravel(values.mean(0)), unravel(error), 2 * k, None, k - 1)
+
+    def state(self) -> State:
+        """Return what it takes to go on."""
+        return {"exact": self.exact, **self.range.state()}
+
+
+_PAIRS_AT_ONCE = 2**22
+
+
+def _covariance(F: Tensor, E: Tensor, weighted: Tensor, near: Tensor) -> Tensor:
+    """Return the covariance of the values that two probes give, as `error_of_mean` takes it.
+
+    Without probe `i` the basis has lost `F_i`, and for probe `j` that part of `F_j` which is orthogonal to it.
+    """
+    apart = (1 - near**2).clamp(min=torch.finfo(F.dtype).eps)
+    f_i, e_i = F.unsqueeze(1), E.unsqueeze(1)
+    f_j = F - near * f_i
+    without = -f_i * e_i + f_j * (weighted - (E - near * e_i)) / apart
+    differences = F * (weighted - E) - without  # (i, j, entries)
+    return mean_over_pairs(differences)
 
 
 def exact_diagonal(
-    op: LinearOperator,
+    op: Operator,
     /,
     *,
     chunk_size: ChunkSize = "auto",
@@ -107,7 +231,8 @@ def exact_diagonal(
 ) -> Tree:
     """Return the diagonal, a tree like `op.like`, by one form or product for every entry, in chunks.
 
-    `chunk_size` and `memory_budget` as for `hutchinson_trace`.
+    Of a Gauss-Newton or Fisher operator with fewer outputs than parameters it takes one backward pass for every output.
+    `chunk_size` and `memory_budget` as for `hutchinson_trace`. A per-sample operator gives a leading axis of samples.
 
     Examples
     --------
@@ -116,11 +241,38 @@ def exact_diagonal(
     >>> exact_diagonal(hessian_operator(lambda p: p["a"] ** 2 * p["b"], {"a": torch.ones(()), "b": torch.ones(())}))
     {'a': tensor(2.), 'b': tensor(0.)}
     """
-    check_real_operator(op, "exact_diagonal")
+    check_real_operator(op, "exact_diagonal", per_sample=True)
     chunks = op.chunks(chunk_size, memory_budget, "exact_diagonal")
+    if op.rows is not None and op.rows.cheaper():
+        found = op.rows.diagonals(memory_budget, summed=not op.batch_shape)
+        return tree.flatten(op.like)[1](found)
     forms = exact_forms(op, chunk_size, memory_budget)
     if forms is not None:
-        return forms
+        return _folded(op, forms)
+    if isinstance(op, PerSampleOperator):
+        parts = list(
+            chunks.map(op.basis, lambda vectors, rows: op.quadratic_forms(vectors), op.shape[0])
+        )
+        sizes = [leaf.numel() for leaf in tree.flatten(op.like)[0]]
+        return _folded(op, list(torch.cat(parts).split(sizes)))
+    return _diagonal_of_products(op, chunk_size, memory_budget)
+
+
+def _folded(op: Operator, entries: list[Tensor]) -> Tree:
+    """Return the tree of the entries of every leaf, `(entries, ...)`; further axes are samples, and come first."""
+    leaves, unflatten = tree.flatten(op.like)
+    return unflatten(
+        [
+            found.movedim(0, -1).reshape(op.batch_shape + leaf.shape).to(leaf)
+            for found, leaf in zip(entries, leaves, strict=True)
+        ]
+    )
+
+
+def _diagonal_of_products(
+    op: LinearOperator, chunk_size: ChunkSize, memory_budget: int | None
+) -> Tree:
+    """Return the diagonal by picking it out of the products with unit vectors."""
 
     def pieces(vectors: Tree, rows: slice) -> list[Tensor | None]:
         products, _ = tree.flatten(op.mm(vectors, chunk_size=None))
@@ -136,6 +288,7 @@ def exact_diagonal(
 
     leaves, unflatten = tree.flatten(op.like)
     parts: list[list[Tensor]] = [[] for _ in leaves]
+    chunks = op.chunks(chunk_size, memory_budget, "exact_diagonal")
     for found in chunks.map(op.basis, pieces, op.shape[0]):
         for part, piece in zip(parts, found, strict=True):
             if piece is not None:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.checks import check_number
-from secorder_func.errors import message
+from secorder_func.errors import ArgumentError, message
 from secorder_func.typing import Tree
 
-__all__ = ["Estimate"]
+__all__ = ["Estimate", "State", "student"]
+
+State: TypeAlias = dict[str, Any]
+"""What an estimator needs to go on: numbers, strings, tensors, and lists of them."""
+
+_FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +44,10 @@ class Estimate:
         One less than the number of independent values behind the standard error: one a probe, or one a group of probes.
     by_propagation
         Whether forms were had by second-order forward propagation, without products.
+    converged
+        Whether the interval is within the tolerance that was asked for; None if a count was.
+    state
+        What the function that made it needs to continue it (`resume=`).
 
     Examples
     --------
@@ -48,6 +62,8 @@ class Estimate:
     chunk_size: int | None = None
     degrees_of_freedom: int | None = None
     by_propagation: bool = False
+    converged: bool | None = None
+    state: State | None = field(default=None, repr=False)
 
     def interval(self, confidence: float = 0.95) -> tuple[Tree, Tree]:
         """Return the bounds between which the exact value lies with this probability, by Student's t.
@@ -65,9 +81,69 @@ class Estimate:
         degrees = self.num_matvecs - 1
         if self.degrees_of_freedom is not None:
             degrees = self.degrees_of_freedom
-        width = _student(confidence, degrees) if degrees else math.inf
+        width = student(confidence, degrees) if degrees else math.inf
         half = tree.scale(width, self.standard_error)
         return tree.sub(self.value, half), tree.add(self.value, half)
+
+    def sqrt(self) -> Estimate:
+        """Return the square root: value and standard error by the first-order expansion, which is biased by its square.
+
+        >>> import torch
+        >>> print(Estimate(torch.tensor(16.0), torch.tensor(0.8), 8).sqrt())
+        4 ± 0.1 (8 products)
+        """
+        root = tree.map(lambda leaf: leaf.clamp(min=0).sqrt(), self.value)
+        error = tree.map(lambda e, r: e / (2 * r), self.standard_error, root)
+        return replace(self, value=root, standard_error=error, state=None)
+
+    def with_state(self, state: State, converged: bool | None) -> Estimate:
+        """Return the same with what it takes to continue it."""
+        return replace(self, state=state, converged=converged)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, whole or not at all.
+
+        `load` reads it without running any code of the file (`weights_only=True`).
+        """
+        leaves, _ = tree.flatten(self.value)
+        errors, _ = tree.flatten(self.standard_error)
+        content = {
+            "format": _FORMAT,
+            "value": [leaf.detach() for leaf in leaves],
+            "standard_error": [leaf.detach() for leaf in errors],
+            "plain": _indexed(self.value),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+        target = Path(path)
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(content, file)
+            os.replace(part, target)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], *, like: Tree | None = None) -> Estimate:
+        """Read what `save` wrote.
+
+        `like` is a tree of the structure of the value, needed only where that has other containers than dicts, lists
+        and tuples.
+        """
+        where = "Estimate.load"
+        content = torch.load(path, weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            given = content.get("format") if isinstance(content, dict) else type(content).__name__
+            problem = f"expected a file of Estimate.save, format {_FORMAT}, got {given!r}"
+            raise ArgumentError(message(where, problem))
+        skeleton = content["plain"] if like is None else like
+        if skeleton is None:
+            problem = "the value has containers that are not stored"
+            raise ArgumentError(message(where, problem, "Pass like=, a tree of its structure"))
+        _, unflatten = tree.flatten(skeleton)
+        parts = {name: unflatten(content[name]) for name in ("value", "standard_error")}
+        return Estimate(**parts, **{name: content[name] for name in _PLAIN})
 
     def __str__(self) -> str:
         spent = f"{self.num_matvecs} {'propagated forms' if self.by_propagation else 'products'}"
@@ -76,7 +152,32 @@ class Estimate:
         return f"Estimate of a tree ({spent})"
 
 
-def _student(confidence: float, degrees: int) -> float:
+_PLAIN = (
+    "num_matvecs",
+    "chunk_size",
+    "degrees_of_freedom",
+    "by_propagation",
+    "converged",
+    "state",
+)
+
+
+def _indexed(value: Tree) -> Any:
+    """Return a tree with its leaves numbered, None if it has containers other than dicts, lists and tuples."""
+    leaves, unflatten = tree.flatten(value)
+    numbered = unflatten(list(range(len(leaves))))
+    return numbered if _is_plain(numbered) else None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(isinstance(k, (str, int)) and _is_plain(v) for k, v in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) is int
+
+
+def student(confidence: float, degrees: int) -> float:
     """Return what a Student t variable stays below in size with some probability, by bisection."""
     low, high = 0.0, 1.0
     while _within(high, degrees) < confidence:

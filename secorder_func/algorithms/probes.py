@@ -24,11 +24,13 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_number
 from secorder_func.errors import ArgumentTypeError, message
+from secorder_func.seeds import draw_seed
 from secorder_func.typing import Tree
 
 __all__ = [
     "Distribution",
     "check_distribution",
+    "distribution_name",
     "draw_seed",
     "leaf_sampler",
     "normal",
@@ -92,6 +94,7 @@ def sparse_rademacher(density: float = 0.1) -> Distribution:
         return _leafwise(partial(_sparse_signs, density), seed, probes, like)
 
     setattr(sample, "sample_leaf", partial(_sparse_signs, density))  # noqa: B010
+    sample.__qualname__ = f"sparse_rademacher({density:g})"
     return sample
 
 
@@ -101,18 +104,9 @@ def leaf_sampler(distribution: Distribution) -> Sampler | None:
     return sampler
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
-    """Return the next value of a generator (torch's global one if None) as the seed of a stream of probes."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ArgumentTypeError(
-            message(
-                "generator",
-                f"expected a torch.Generator, got {generator!r}",
-                "Pass torch.Generator().manual_seed(...)",
-            )
-        )
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+def distribution_name(distribution: Distribution) -> str:
+    """Return by what name a distribution is known again."""
+    return str(getattr(distribution, "__qualname__", type(distribution).__qualname__))
 
 
 def check_distribution(distribution: Any, where: str) -> None:

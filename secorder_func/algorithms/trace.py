@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+from torch import Tensor
 
-from secorder_func import tree
-from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.group_sums import exact_forms, group_sums, mean_and_error
+from secorder_func.algorithms.estimate import Estimate, State
+from secorder_func.algorithms.group_sums import GroupSums, Operator, Sampling, exact_forms
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
-from secorder_func.checks import check_count
-from secorder_func.operators import LinearOperator
+from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.operators.linear_operator import check_real_operator
 from secorder_func.typing import ChunkSize, Tree
 
@@ -19,10 +16,14 @@ __all__ = ["exact_trace", "hutchinson_trace"]
 
 
 def hutchinson_trace(
-    op: LinearOperator,
-    num_matvecs: int,
+    op: Operator,
+    num_matvecs: int | None = None,
     /,
     *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_matvecs: int | None = None,
+    resume: Estimate | None = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -36,9 +37,19 @@ def hutchinson_trace(
     Parameters
     ----------
     op
-        A real operator, symmetric or not.
+        A real operator, symmetric or not; a per-sample operator gives a trace a sample.
     num_matvecs
         How many probes, one product each.
+    rtol, atol
+        Instead of a count: probes are added until the 95 % interval reaches no further than `rtol` times the estimate,
+        or `atol`, on either side (of several values, in the Euclidean norm). The error is looked at after 16 products
+        and then seldom, each time with a smaller risk, so that the interval at which it stops holds with 95 %, however
+        often it was looked at.
+    max_matvecs
+        Where to stop all the same, with a `ConvergenceWarning`; the number of entries of the space if None.
+    resume
+        An earlier estimate of the same operator by this function, to be continued: `num_matvecs` counts from the
+        beginning, and the numbers are those of one run. Its seed is used, not the generator.
     generator
         Its next value seeds the probes; torch's global generator if None. Equal seeds give equal numbers up to
         rounding, whatever the chunk.
@@ -52,16 +63,21 @@ def hutchinson_trace(
     Returns
     -------
     Estimate
-        Value and standard error are 0-dim tensors; unbiased. `chunk_size` is what was taken. By propagation forms are
-        summed over groups of probes, at least eight of them from 16 probes on, whose spread gives the standard error;
-        `Estimate.interval` takes Student's t with as many degrees of freedom.
+        Value and standard error are 0-dim tensors, or `(samples,)`; unbiased. `chunk_size` is what was taken. By
+        propagation forms are summed over groups of probes, at least eight of them from 16 probes on, whose spread gives
+        the standard error; `Estimate.interval` takes Student's t with as many degrees of freedom.
 
     Raises
     ------
     ValueError
-        `num_matvecs`, `chunk_size` or `memory_budget` is below one.
+        A count, `chunk_size` or `memory_budget` is below one; `resume` was made with other probes.
     TypeError
-        The operator acts on complex vectors.
+        The operator acts on complex vectors; neither a count nor a tolerance was given.
+
+    Warns
+    -----
+    ConvergenceWarning
+        `max_matvecs` were spent before the tolerance was met.
 
     Notes
     -----
@@ -81,41 +97,30 @@ def hutchinson_trace(
     >>> print(hutchinson_trace(op, 4, generator=torch.Generator().manual_seed(0)))
     10 ± 0 (4 propagated forms)
     """
-    check_count(num_matvecs, "hutchinson_trace", name="num_matvecs")
-    check_distribution(distribution, "hutchinson_trace")
-    check_real_operator(op, "hutchinson_trace")
-    chunks = op.chunks(chunk_size, memory_budget, "hutchinson_trace")
-    seed = draw_seed(generator)
-    found = group_sums(op, num_matvecs, seed, distribution, chunk_size, memory_budget)
-    if found is not None:
-        mean, error = mean_and_error(found.sums, found.sizes)
-        return Estimate(
-            mean, error, num_matvecs, found.largest, len(found.sizes) - 1, by_propagation=True
-        )
+    where = "hutchinson_trace"
+    check_real_operator(op, where, per_sample=True)
+    target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
+    check_distribution(distribution, where)
 
-    def probes(rows: slice) -> Tree:
-        return distribution(seed, range(rows.start, rows.stop), op.like)
+    def begin(state: State | None) -> GroupSums:
+        seed = draw_seed(generator) if state is None else state["seed"]
+        sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
+        return GroupSums(sampling, op.quadratic_forms, op.forms, state)
 
-    def forms_of(vectors: Tree, rows: slice) -> torch.Tensor:
-        return op.quadratic_forms(vectors)
-
-    forms = torch.cat(list(chunks.map(probes, forms_of, num_matvecs)))
-    error = forms.new_tensor(math.inf)
-    if num_matvecs > 1:
-        error = forms.detach().std() / math.sqrt(num_matvecs)
-    return Estimate(forms.mean(), error, num_matvecs, chunks.largest, num_matvecs - 1)
+    return estimated(target, resume, begin, where)
 
 
 def exact_trace(
-    op: LinearOperator,
+    op: Operator,
     /,
     *,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the trace by one form or product for every entry of the space, in chunks.
 
-    `chunk_size` and `memory_budget` as for `hutchinson_trace`.
+    Of a Gauss-Newton or Fisher operator with fewer outputs than parameters it takes one backward pass for every output.
+    `chunk_size` and `memory_budget` as for `hutchinson_trace`. A per-sample operator gives `(samples,)`.
 
     Examples
     --------
@@ -124,17 +129,19 @@ def exact_trace(
     >>> exact_trace(hessian_operator(lambda p: (p**3).sum(), torch.tensor([1.0, 2.0])))
     tensor(18.)
     """
-    check_real_operator(op, "exact_trace")
+    check_real_operator(op, "exact_trace", per_sample=True)
     chunks = op.chunks(chunk_size, memory_budget, "exact_trace")
+    if op.rows is not None and op.rows.cheaper():
+        traces = op.rows.traces(memory_budget)
+        return traces if op.batch_shape else traces.sum()
     forms = exact_forms(op, chunk_size, memory_budget)
     if forms is not None:
-        leaves = tree.flatten(forms)[0]
-        return torch.stack([leaf.sum().to(op.device, op.dtype) for leaf in leaves]).sum()
+        return torch.stack([leaf.sum(0).to(op.device, op.dtype) for leaf in forms]).sum(0)
 
-    def entries(vectors: Tree, rows: slice) -> torch.Tensor:
-        return op.quadratic_forms(vectors).sum()
+    def entries(vectors: Tree, rows: slice) -> Tensor:
+        return op.quadratic_forms(vectors).sum(0)
 
     parts = list(chunks.map(op.basis, entries, op.shape[0]))
     if not parts:
-        return torch.zeros((), dtype=op.dtype, device=op.device)
-    return torch.stack(parts).sum()
+        return torch.zeros(op.batch_shape, dtype=op.dtype, device=op.device)
+    return torch.stack(parts).sum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from secorder_func import tree
 from secorder_func.operators.compiled import compiled_operator
 from secorder_func.operators.forms import Forms
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.rows import Rows
 from secorder_func.operators.versions import Versions
 from secorder_func.rules.cut_graphs import may_fail
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
@@ -32,6 +34,7 @@ from secorder_func.transforms.gauss_newton import (
 )
 from secorder_func.transforms.hessian import forward_over_reverse, hvp
 from secorder_func.transforms.loss import LeafLoss, Leaves, flat_loss
+from secorder_func.transforms.output_space import space_of_batch
 from secorder_func.transforms.plain_autograd import to_differentiate
 from secorder_func.transforms.policy import (
     check_mode,
@@ -204,6 +207,11 @@ def ggn_operator(
     model = flat_model(model_fn, loss_fn, params, inputs, targets, where=where)
     outside = differentiated_outside(params, inputs, targets)
     forms = _forms(partial(forms_of_model, model), model.leaves, outside or check_finite)
+    rows = None
+    if forms is not None:
+        batch = without_inference_tensors((inputs, targets))
+        space = partial(space_of_batch, model, model_fn, loss_fn, params, batch)
+        rows = Rows(space, model.leaves)
 
     def reverse() -> LeafProduct:
         return _without_graph(ggn_pullbacks(model, higher=outside), outside)
@@ -227,7 +235,8 @@ def ggn_operator(
         tensors=model.leaves,
         eager=model.eager,
     )
-    return operator_on_leaves(product, params, mode=route, check_finite=check_finite, forms=forms)
+    op = operator_on_leaves(product, params, mode=route, check_finite=check_finite, forms=forms)
+    return replace(op, rows=rows)
 
 
 def _forms(compute: Any, leaves: Leaves, refused: bool) -> Forms | None:

@@ -20,6 +20,8 @@ from secorder_func.checks import (
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.operators.chunks import Chunks
 from secorder_func.operators.forms import Forms
+from secorder_func.operators.per_sample_operator import PerSampleOperator
+from secorder_func.operators.rows import Rows
 from secorder_func.operators.scipy_form import scipy_form
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
@@ -47,6 +49,8 @@ class LinearOperator:
         The numbers `v_k . A v_k` of such a stack, shape `(k,)`, if they can be had for less than products.
     forms
         The same without products, summed over groups of vectors, where a propagation through the loss gives them.
+    rows
+        The matrix as a sum of few outer products, where it is that.
     symmetric
         Whether the matrix is symmetric. Algorithms that need symmetry check this.
     mode
@@ -71,6 +75,7 @@ class LinearOperator:
     matmat: MatVec | None = None
     quadratic: Callable[[Tree], Tensor] | None = None
     forms: Forms | None = None
+    rows: Rows | None = None
     symmetric: bool = True
     mode: str | None = None
     compile_seconds: float | None = None
@@ -87,6 +92,11 @@ class LinearOperator:
         """Rows and columns of the matrix."""
         n = tree.numel(self.like)
         return (n, n)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The axes of samples: none, there is one matrix."""
+        return torch.Size()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,6 +222,7 @@ class LinearOperator:
             matmat=None if self.matmat is None else _scaled(self.matmat, factor),
             quadratic=lambda vectors: self.quadratic_forms(vectors) * factor,
             forms=None,
+            rows=None,
         )
 
     __rmul__ = __mul__
@@ -239,6 +250,7 @@ class LinearOperator:
             matmat=None if self.matmat is None else _shifted(self.matmat, damping),
             quadratic=quadratic,
             forms=None,
+            rows=None,
         )
 
     # -------------------------------------------------------------------------- representations
@@ -325,9 +337,13 @@ def _joined(parts: Iterator[Tree], count: int) -> Tree:
     return unflatten(whole)
 
 
-def check_real_operator(op: Any, where: str) -> None:
-    """Refuse what is no operator on a real space."""
-    if not isinstance(op, LinearOperator):
+def check_real_operator(op: Any, where: str, *, per_sample: bool = False) -> None:
+    """Refuse what is no operator on a real space, and one with a matrix a sample unless that is allowed."""
+    if isinstance(op, PerSampleOperator) and not per_sample:
+        problem = "the first argument must be one matrix, got an operator with a matrix a sample"
+        mend = "Take hutchinson_trace, hutchinson_diagonal, exact_trace or exact_diagonal"
+        raise ArgumentTypeError(message(where, problem, mend))
+    if not isinstance(op, (LinearOperator, PerSampleOperator)):
         raise ArgumentTypeError(
             message(
                 where,

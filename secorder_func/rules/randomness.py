@@ -32,6 +32,15 @@ class RandomState:
         )
         return RandomState(torch.get_rng_state(), others)
 
+    @staticmethod
+    def seeded(seed: int, tensors: Iterable[Tensor]) -> RandomState:
+        """Return the state that a seed gives, for the devices on which `tensors` are."""
+        devices = {t.device for t in tensors if not (t.is_cpu or t.is_meta)}
+        others = tuple(
+            (device, torch.Generator(device).manual_seed(seed).get_state()) for device in devices
+        )
+        return RandomState(torch.Generator().manual_seed(seed).get_state(), others)
+
     def has_changed(self) -> bool:
         """Say whether random numbers were drawn since."""
         drawn = not torch.equal(torch.get_rng_state(), self.cpu)

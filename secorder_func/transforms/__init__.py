@@ -1,5 +1,6 @@
 """Function transforms: a scalar function becomes the product with its curvature, or its values on a surface."""
 
+from secorder_func.transforms import likelihoods
 from secorder_func.transforms.finite_difference import finite_difference_hvp
 from secorder_func.transforms.forms import bilinear_form, quadratic_form
 from secorder_func.transforms.gauss_newton import ggnvp
@@ -15,6 +16,7 @@ __all__ = [
     "hvp",
     "hvp_and_grad",
     "laplacian",
+    "likelihoods",
     "loss_surface",
     "quadratic_form",
     "rule_kinds",

@@ -19,14 +19,15 @@ from secorder_func.checks import check_callable, check_like
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules import evaluated
 from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
-from secorder_func.rules.torch_func import forward_mode_lock
+from secorder_func.rules.torch_func import forward_mode_lock, grad, vjp, without_vmap_warnings
 from secorder_func.taylor.second_order import Draw, SecondOrderPropagation
 from secorder_func.transforms.gauss_newton import FlatModel
 from secorder_func.transforms.hessian import hvp
-from secorder_func.transforms.loss import FlatLoss, Leaves, exchanged, flat_loss
+from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar, exchanged, flat_loss
 from secorder_func.transforms.plain_autograd import recording, to_differentiate
 from secorder_func.transforms.policy import differentiated_outside, first_exact, in_transform
 from secorder_func.transforms.propagated import with_constants
+from secorder_func.transforms.samples import Samples
 from secorder_func.typing import LossFn, Tree
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "checked_value",
     "forms_of_loss",
     "forms_of_model",
+    "forms_of_samples",
     "itself",
     "propagated_to_second_order",
     "quadratic_form",
@@ -208,12 +210,65 @@ def forms_of_model(
     model: FlatModel, draws: Sequence[Draw | None], count: int, groups: int
 ) -> tuple[Tensor, int]:
     """Return the sums of `v.Gv`, `G` the Gauss-Newton matrix: first order in the model, second in the loss."""
+    outputs, others, firsts, largest, constants = _outputs_with_terms(model, draws, count, groups)
+    loss = FlatLoss(model.loss_of(others), outputs, tuple, False, model.where)
+    bent = [None if first is None else partial(itself, first) for first in firsts]
+    forms, bytes_of_loss = forms_of_loss(loss, bent, count, groups)
+    (forms,) = with_constants((forms,), constants.values())
+    return forms, max(largest, bytes_of_loss)
+
+
+def forms_of_samples(
+    model: FlatModel,
+    loss_fn: LossFn,
+    samples: Samples,
+    draws: Sequence[Draw | None],
+    count: int,
+    groups: int,
+) -> tuple[Tensor, int]:
+    """Return the sums of `v.G_n v` of every sample, `(groups, samples)`.
+
+    First order in the model, of the whole batch; the Hessian of every sample's own loss bends the terms.
+    """
+    outputs, others, firsts, largest, constants = _outputs_with_terms(model, draws, count, groups)
+
+    def alone(at: Leaves, beside: Leaves, row: Leaves) -> Tensor:
+        single = model.assembled(*(tuple(t.unsqueeze(0) for t in ts) for ts in (at, beside)))
+        return checked_scalar(loss_fn(single, samples.alone(row)[1]), model.where)
+
+    def total(at: Leaves) -> Tensor:
+        each = vmap(alone, randomness="same")
+        return evaluated(
+            lambda rules: each(at, others, samples.tensors).sum(), forward=False, higher=False
+        )
+
+    terms = tuple(
+        torch.zeros(count, *z.shape, dtype=z.dtype, device=z.device) if t is None else t.detach()
+        for t, z in zip(firsts, outputs, strict=True)
+    )
+    at = tuple(z.detach() for z in outputs)
+    with without_vmap_warnings():
+        _, bend = vjp(grad(total), at)
+        (bent,) = vmap(bend)(terms)
+    forms = [
+        (t * b).flatten(2).sum(2) if t.ndim > 2 else t * b for t, b in zip(terms, bent, strict=True)
+    ]
+    each = torch.stack([form.to(forms[0]) for form in forms]).sum(0)
+    sums = each.reshape(groups, count // groups, -1).sum(1)
+    (sums,) = with_constants((sums,), constants.values())
+    return sums, largest
+
+
+def _outputs_with_terms(
+    model: FlatModel, draws: Sequence[Draw | None], count: int, groups: int
+) -> tuple[Leaves, Leaves, tuple[Tensor | None, ...], int, Any]:
+    """Return the outputs of a model, its other tensors, their first-order terms, bytes of a term, and constants."""
 
     def evaluate(terms: SecondOrderPropagation, at: Leaves) -> tuple[Any, ...]:
         smooth, others = model.plain_outputs(terms, at)
         return smooth, others, tuple(map(terms, smooth)), terms.largest, terms.constants
 
-    outputs, others, firsts, largest, constants = _evaluated(
+    found: Any = _evaluated(
         evaluate,
         model.leaves,
         draws,
@@ -222,11 +277,7 @@ def forms_of_model(
         originals=model.originals,
         only_first=True,
     )
-    loss = FlatLoss(model.loss_of(others), outputs, tuple, False, model.where)
-    bent = [None if first is None else partial(itself, first) for first in firsts]
-    forms, bytes_of_loss = forms_of_loss(loss, bent, count, groups)
-    (forms,) = with_constants((forms,), constants.values())
-    return forms, max(largest, bytes_of_loss)
+    return found  # type: ignore[no-any-return]
 
 
 def propagated_to_second_order(

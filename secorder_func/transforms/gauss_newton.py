@@ -174,11 +174,19 @@ class FlatModel:
             self.verify(rules, *smooth)
         return smooth, others
 
+    def assembling_as(self, other: FlatModel) -> FlatModel:
+        """Put outputs together as another one does, whose model was evaluated."""
+        self._assemble = other._assemble
+        return self
+
+    def assembled(self, smooth: Leaves, others: Leaves) -> Any:
+        """Return the outputs as the model gives them."""
+        assert self._assemble is not None
+        return self._assemble(smooth, others)
+
     def loss_of(self, others: Leaves) -> Callable[[Leaves], Any]:
         """Return differentiable tensors of the outputs -> what the user's loss returns."""
-        assemble = self._assemble
-        assert assemble is not None
-        return lambda smooth: self.loss(assemble(smooth, others))
+        return lambda smooth: self.loss(self.assembled(smooth, others))
 
     def loss_at(self, others: Leaves, *, forward: bool, higher: bool) -> Callable[[Leaves], Tensor]:
         """Return differentiable tensors of the outputs -> loss, under the rules."""

@@ -17,8 +17,9 @@ _AT_MOST = 16
 
 
 def group_size(count: int) -> int:
-    """Return over how many of some probes second-order terms are summed."""
-    return max(1, min(count // _GROUPS, _AT_MOST))
+    """Return over how many of some probes terms are summed: a power of two, so that groups can be joined."""
+    most = max(1, min(count // _GROUPS, _AT_MOST))
+    return 1 << (most.bit_length() - 1)
 
 
 class Plan:

@@ -185,7 +185,7 @@ SCRIPT = r"""
 import re, torch
 from pathlib import Path
 from torch import nn
-from secorder_func import functional_loss, hessian_operator, hutchinson_trace
+from secorder_func import LinearOperator, functional_loss, hessian_operator, hutchinson_trace
 
 def peak():  # not that of getrusage, which a process inherits from the one that started it
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -194,6 +194,7 @@ torch.set_num_threads(1)
 layers = [nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)]
 f, params = functional_loss(nn.Sequential(*layers), nn.CrossEntropyLoss())
 op = hessian_operator(f, params, torch.randn(256, 512), torch.randint(10, (256,)))
+op = LinearOperator(op.matvec, op.like, matmat=op.matmat)  # products: a propagation takes less
 small = hessian_operator(lambda p: (p**4).sum(), torch.ones(3))
 hutchinson_trace(small, 8, chunk_size=4)  # what torch loads when it maps
 for _ in range(2):

@@ -476,3 +476,14 @@ def test_operators_made_of_others_keep_their_forms() -> None:
     assert float(exact_trace(op.damped(1.0))) == 20
     assert float(exact_trace(op.flat())) == 18
     assert float(exact_trace(op + op)) == 36
+
+
+def test_whole_numbers_beside_others_have_no_terms() -> None:
+    labels, weights = torch.tensor([[0], [2]]), torch.tensor([1.0, -2.0, 0.5]).double()
+
+    def f(p: Tensor) -> Tensor:
+        places, powers = torch.broadcast_tensors(labels, p**3)
+        return (powers.gather(1, places) * weights).sum()
+
+    p, v = torch.randn(3).double(), torch.randn(3).double()
+    oracles.assert_same(quadratic_form(f)(p, v), v @ oracles.hessian(f, p) @ v)

@@ -16,7 +16,7 @@ from secorder_func.rules.torch_func import forward_mode_lock, jvp, without_vmap_
 from secorder_func.taylor.general import exchanged, named
 from secorder_func.taylor.second_order.proven import NAMES
 
-__all__ = ["PROVEN_TWICE", "bent_by_torch"]
+__all__ = ["PROVEN_TWICE", "bent_by_torch", "is_smooth"]
 
 PROVEN_TWICE: frozenset[Any] = frozenset(chain.from_iterable(map(named, NAMES)))
 """The functions that a sweep proved right."""
@@ -32,7 +32,7 @@ def bent_by_torch(
     def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
         with SecondOrderRules(forward=True, higher=True):
             out = func(*exchanged(args, places, tensors), **exchanged(kwargs, places, tensors))
-        return tuple(x for x in tree.tensors_and_rest(out)[0] if _is_smooth(x))
+        return tuple(x for x in tree.tensors_and_rest(out)[0] if is_smooth(x))
 
     def along(*terms: Tensor) -> Any:
         return jvp(evaluate, tuple(carried), terms)[1]
@@ -67,8 +67,9 @@ def bent_by_torch(
 
 def _placed(found: Any, terms: list[Tensor]) -> list[Any]:
     rest = iter(terms)
-    return [next(rest) if _is_smooth(x) else None for x in found]
+    return [next(rest) if is_smooth(x) else None for x in found]
 
 
-def _is_smooth(x: Tensor) -> bool:
+def is_smooth(x: Tensor) -> bool:
+    """Say whether a tensor can have derivatives."""
     return x.is_floating_point() or x.is_complex()

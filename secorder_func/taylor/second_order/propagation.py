@@ -25,7 +25,7 @@ from secorder_func.taylor.registry import (
     written_by_repair,
 )
 from secorder_func.taylor.second_order.derived import derived
-from secorder_func.taylor.second_order.general import PROVEN_TWICE, bent_by_torch
+from secorder_func.taylor.second_order.general import PROVEN_TWICE, bent_by_torch, is_smooth
 from secorder_func.taylor.second_order.registry import CLOSED, WRITTEN
 
 __all__ = ["Draw", "SecondOrderPropagation"]
@@ -246,6 +246,8 @@ class SecondOrderPropagation(Propagation):
             for parts in zip(out, firsts, seconds, strict=True):
                 self._give(*parts)
         elif isinstance(out, Tensor) and not (first is None and second is None):
+            if not is_smooth(out):  # whole numbers beside others, of broadcast_tensors say
+                return
             if first is None:
                 first = torch.zeros((), dtype=out.dtype, device=out.device).expand(self.count)
             first = self._like(out, first)

@@ -1,0 +1,159 @@
+"""Estimators that first find the directions in which a matrix is large, and leave only the rest to chance.
+
+Vectors are the rows of `(k, n)` tensors, entries in the order of `tree.ravel(op.like)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.algorithms.estimate import State
+from secorder_func.algorithms.group_sums import Sampling
+from secorder_func.operators import LinearOperator
+from secorder_func.typing import Tree
+
+__all__ = ["Products", "RangeFinder", "error_of_mean", "left_out", "mean_over_pairs"]
+
+
+class Products:
+    """Random probes and their products, of which there can be more."""
+
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        self._op, self._sampling = op, sampling
+        self._unravel = tree.ravel(op.like)[1]
+        n, dtype = op.shape[0], torch.promote_types(op.dtype, torch.float32)
+        self.images = torch.zeros(0, n, dtype=dtype, device=op.device)
+        if state is not None:
+            sampling.require_same(state)
+            self.images = state["images"]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.images.shape[0]
+
+    def probes(self, start: int = 0) -> Tensor:
+        """Return the probes from `start` on, drawn anew, `(k, n)`."""
+        return self._flat(self._sampling.probes(0, slice(start, self.count)))
+
+    def extend(self, count: int) -> Tensor:
+        """Make it `count`; return the products that were made."""
+        vectors = self._sampling.probes(0, slice(self.count, count))
+        images = self._flat(self._mm(vectors)) if count > self.count else self.images[:0]
+        self.images = torch.cat([self.images, images])
+        return images
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Return the products with rows of one's own."""
+        if not len(vectors):
+            return vectors
+        return self._flat(self._mm(self._unravel(vectors)))
+
+    def state(self) -> State:
+        """Return the products so far."""
+        return {**self._sampling.state(), "images": self.images}
+
+    def _mm(self, vectors: Tree) -> Tree:
+        sampling = self._sampling
+        with torch.no_grad():
+            return self._op.mm(
+                vectors, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
+            )
+
+    def _flat(self, stacked: Tree) -> Tensor:
+        rows: Tensor = tree.ravel(stacked, batch_dims=1)[0]
+        return rows.detach().to(self.images.dtype)
+
+
+class RangeFinder:
+    """An orthonormal basis of the products `A W` with random probes, and the products with the basis.
+
+    It grows by blocks: what is there stays, so that products with it are not made twice.
+
+    Attributes
+    ----------
+    sketch
+        The probes `W` and their products.
+    basis
+        `(k, n)`, orthonormal rows `Q`, with `A W = Q^T R`.
+    triangle
+        `R`, `(k, k)`, upper triangular.
+    products
+        `A Q`, `(k, n)`.
+    """
+
+    def __init__(self, sketch: Products, state: State | None) -> None:
+        self.sketch = sketch
+        self.basis = sketch.images[:0]
+        self.triangle = self.basis.new_zeros(0, 0)
+        self.products = self.basis
+        if state is not None:
+            self.basis, self.triangle = state["basis"], state["triangle"]
+            self.products = state["products"]
+
+    def extend(self, count: int) -> None:
+        """Make it `count` probes, two products each."""
+        old = len(self.basis)
+        if count == old:
+            return
+        images = self.sketch.extend(count)
+        inside = images.new_zeros(old, count - old)
+        for _ in range(2 if old else 0):  # twice is enough
+            part = self.basis @ images.T
+            images = images - part.T @ self.basis
+            inside += part
+        new, corner = torch.linalg.qr(images.T)
+        self.basis = torch.cat([self.basis, new.T])
+        lower = torch.cat([corner.new_zeros(count - old, old), corner], 1)
+        self.triangle = torch.cat([torch.cat([self.triangle, inside], 1), lower])
+        self.products = torch.cat([self.products, self.sketch.of(self.basis[old:])])
+
+    def state(self) -> State:
+        """Return what it takes to go on."""
+        return {
+            **self.sketch.state(),
+            "basis": self.basis,
+            "triangle": self.triangle,
+            "products": self.products,
+        }
+
+
+def left_out(triangle: Tensor) -> Tensor:
+    """Return the directions that the basis loses when one column of `Q^T R` is left out, `(k, k)`.
+
+    Column `i` is the unit vector orthogonal to all columns of `R` but column `i`. Where `R` has less than full rank the
+    others span what it spans, and nothing is lost: the column is zero.
+    """
+    left, values, right = torch.linalg.svd(triangle)
+    floor = torch.finfo(triangle.dtype).eps * len(values) * values[:1]
+    rank = (values > floor).sum()
+    columns = (left / values.clamp(min=floor).clamp(min=torch.finfo(values.dtype).tiny)) @ right
+    lengths = torch.linalg.vector_norm(columns, dim=0)
+    return torch.where(rank == len(values), columns / lengths, torch.zeros_like(columns))
+
+
+def error_of_mean(values: Tensor, covariance: Tensor) -> Tensor:
+    """Return the standard error of the mean of `k` dependent values along the first axis.
+
+    `values[i]` is unbiased whatever the other probes are. With `values_j[i]` for the same without probe `j`, the
+    differences `d_ij = values[i] - values_j[i]` have no mean given either probe, so that `E[d_ij d_ji]` is exactly the
+    covariance of values `i` and `j`. Hence the mean over pairs of `d_ij d_ji`, given as `covariance`, and the usual
+    variance over `k` add up to an unbiased estimate of the variance of the mean. Without the first the error of a
+    sketch would be understated, many times where the spectrum falls fast.
+    """
+    k = len(values)
+    if k == 1:
+        return torch.full_like(values[0], math.inf)
+    return (values.var(0) / k + covariance.clamp(min=0)).sqrt()
+
+
+def mean_over_pairs(differences: Tensor) -> Tensor:
+    """Return the mean of `d_ij d_ji` over `i != j`, of `(k, k, ...)`."""
+    k = differences.shape[0]
+    products = differences * differences.transpose(0, 1)
+    own = products.diagonal().sum(-1)
+    return (products.sum((0, 1)) - own) / max(1, k * (k - 1))

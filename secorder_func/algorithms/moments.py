@@ -1,0 +1,88 @@
+"""Mean and spread of trees of random numbers, one a probe, in memory that does not grow with their count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.algorithms.estimate import Estimate, State
+from secorder_func.algorithms.group_sums import Sampling
+from secorder_func.typing import Tree
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """The moments of `value(probes)`, a tree stacked over probes.
+
+    Chunks are joined by the pairwise update of Chan, Golub and LeVeque (1983).
+    """
+
+    def __init__(
+        self, sampling: Sampling, value: Callable[[Tree], Tree], state: State | None
+    ) -> None:
+        self._sampling, self._value = sampling, value
+        self.count = 0
+        self._mean: list[Tensor] = []
+        self._spread: list[Tensor] = []  # sums of squared deviations from the mean
+        self._unflatten: Callable[[Any], Tree] = tuple
+        if state is not None:
+            sampling.require_same(state)
+            self.count = state["count"]
+            self._mean, self._spread = state["mean"], state["spread"]
+            self._unflatten = tree.flatten(sampling.op.like)[1]
+
+    def extend(self, total: int) -> None:
+        """Add the probes up to `total`."""
+        if self.count == total:
+            return
+
+        def moments(vectors: Tree, rows: slice) -> tuple[int, list[Tensor], list[Tensor]]:
+            samples, self._unflatten = tree.flatten(self._value(vectors))
+            means = [x.mean(0) for x in samples]
+            spread = [(x - x.mean(0)).square().sum(0) for x in samples]
+            return rows.stop - rows.start, means, spread
+
+        chunks = self._sampling.chunks
+        probes = partial(self._sampling.probes, self.count)
+        for count, mean, spread in chunks.map(probes, moments, total - self.count):
+            self._join(count, mean, spread)
+
+    def _join(self, count: int, mean: list[Tensor], spread: list[Tensor]) -> None:
+        done, both = self.count, self.count + count
+        self.count = both
+        if not done:
+            self._mean, self._spread = mean, spread
+            return
+        apart = [new - old for new, old in zip(mean, self._mean, strict=True)]
+        self._mean = [old + a * (count / both) for old, a in zip(self._mean, apart, strict=True)]
+        between = [a.square() * (done * count / both) for a in apart]
+        self._spread = [
+            sum(parts[1:], parts[0]) for parts in zip(self._spread, spread, between, strict=True)
+        ]
+
+    def estimate(self, total: int) -> Estimate:
+        """Return the mean and its standard error."""
+        errors = [
+            leaf.detach().sqrt() / math.sqrt(total * (total - 1))
+            if total > 1
+            else torch.full_like(leaf, math.inf)
+            for leaf in self._spread
+        ]
+        value, error = self._unflatten(self._mean), self._unflatten(errors)
+        return Estimate(value, error, total, self._sampling.chunks.largest, total - 1)
+
+    def state(self) -> State:
+        """Return the moments so far."""
+        return {
+            **self._sampling.state(),
+            "count": self.count,
+            "mean": [leaf.detach() for leaf in self._mean],
+            "spread": [leaf.detach() for leaf in self._spread],
+        }

@@ -1,0 +1,478 @@
+"""Curvature of the loss of every sample of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from secorder_func import tree
+from secorder_func.checks import check_callable, check_params
+from secorder_func.errors import ArgumentError, message
+from secorder_func.operators.chunks import Chunks
+from secorder_func.operators.fisher import empirical_fisher_model, fisher_model
+from secorder_func.operators.forms import Draw, Forms
+from secorder_func.operators.per_sample_operator import PerSampleOperator
+from secorder_func.operators.rows import Rows
+from secorder_func.operators.versions import Versions
+from secorder_func.rules.inference import out_of_inference_mode, without_inference_tensors
+from secorder_func.rules.randomness import RandomState
+from secorder_func.rules.torch_func import without_vmap_warnings
+from secorder_func.transforms.forms import (
+    checked_value,
+    forms_of_samples,
+    propagated_to_second_order,
+)
+from secorder_func.transforms.gauss_newton import flat_model, ggnvp
+from secorder_func.transforms.hessian import hvp
+from secorder_func.transforms.loss import Leaves, flat_loss
+from secorder_func.transforms.output_space import space_of_samples
+from secorder_func.transforms.policy import differentiated_outside, in_transform
+from secorder_func.transforms.samples import (
+    MIXED,
+    Samples,
+    agree,
+    evaluated_alone,
+    watched_for_mixing,
+)
+from secorder_func.typing import ChunkSize, LossFn, Mode, ModelFn, Tree
+
+__all__ = [
+    "per_sample_empirical_fisher_operator",
+    "per_sample_fisher_operator",
+    "per_sample_ggn_operator",
+    "per_sample_hessian_operator",
+]
+
+
+def per_sample_hessian_operator(
+    f: LossFn,
+    params: Tree,
+    *batch: Any,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> PerSampleOperator:
+    """Return the Hessian of the loss of every sample of a batch.
+
+    Parameters
+    ----------
+    f
+        `f(params, *batch) -> losses`, one value a sample, `(samples,)`: then forms, traces and diagonals come by
+        forward propagation of the whole batch. Or a single number for the batch, a sum or a mean: every sample is then
+        a batch of one, and has the loss that it has alone.
+    params
+        Where, a tree.
+    batch
+        Trees whose tensors have a leading axis of samples. What samples share is bound to the function.
+    mode
+        As for `hvp`.
+    chunk_size, memory_budget
+        How many samples are multiplied at once; as for `LinearOperator.mm`.
+
+    Returns
+    -------
+    PerSampleOperator
+        `op @ v`, `op.quadratic_forms(vectors)`, `hutchinson_trace(op, ...)`, `exact_diagonal(op)`, `top_eigenpairs(op)`
+        and others give a result for every sample.
+
+    Raises
+    ------
+    ValueError
+        Samples influence each other, as by BatchNorm in training mode; tensors of the batch have no common leading
+        axis; the loss is neither one number nor one a sample, or the loss of the batch neither the sum nor the mean of
+        those of its samples.
+    TypeError, NoExactRouteError
+        As for `hvp`.
+
+    Notes
+    -----
+    No Python loop runs over samples: they are mapped by `torch.func.vmap`. Random numbers of the loss (dropout) are
+    drawn once, the same for all samples and products.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import exact_trace, per_sample_hessian_operator
+    >>> squares = lambda p, x: (x @ p) ** 2
+    >>> op = per_sample_hessian_operator(squares, torch.zeros(2), torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    >>> exact_trace(op)
+    tensor([ 2., 10.])
+    """
+    where = "per_sample_hessian_operator"
+    check_callable(f, where)
+    check_params(params, where)
+    samples = Samples.of(batch, where)
+    params = without_inference_tensors(params)
+    leaves, unflatten = tree.flatten(params)
+    product = hvp(f, mode=mode)
+
+    def losses() -> Tensor:
+        return checked_value(f(params, *batch), where)
+
+    def alone(row: Leaves) -> Tensor:
+        value: Tensor = evaluated_alone(lambda: f(params, *samples.alone(row)), tuple(leaves))
+        return checked_value(value, where).sum()
+
+    batched, random = _checked_losses(losses, alone, samples, tuple(leaves), where)
+
+    def multiply(v: Leaves, row: Leaves) -> Leaves:
+        return tuple(tree.flatten(product(params, unflatten(v), *samples.alone(row)))[0])
+
+    forms = None
+    if batched and not random:
+        loss = flat_loss(f, params, batch, {}, has_aux=False, where=where)
+
+        def compute(draws: Sequence[Draw | None], count: int, groups: int) -> tuple[Tensor, int]:
+            return propagated_to_second_order(
+                loss.leaves,
+                draws,
+                lambda terms, at: checked_value(loss.evaluate(at), where),
+                count=count,
+                groups=groups,
+            )
+
+        forms = Forms(compute, loss.leaves, differentiated_outside(params, batch))
+    return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, None)
+
+
+def per_sample_ggn_operator(
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
+    inputs: Any,
+    targets: Any,
+    *,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> PerSampleOperator:
+    """Return the generalised Gauss-Newton matrix `J_n^T H_n J_n` of the loss of every sample.
+
+    Parameters
+    ----------
+    model_fn, loss_fn, params, inputs, targets
+        As for `ggnvp`; the tensors of `inputs` and `targets` have a leading axis of samples. `loss_fn` is given a batch
+        of one sample, so that its sum and its mean are the same; one value is expected.
+    mode
+        As for `ggnvp`.
+    chunk_size, memory_budget
+        As for `per_sample_hessian_operator`.
+
+    Returns
+    -------
+    PerSampleOperator
+        Exact traces, diagonals and eigenpairs take one backward pass for every output of a sample, where these are
+        fewer than the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError, NoExactRouteError
+        As for `per_sample_hessian_operator`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import exact_diagonal, per_sample_ggn_operator
+    >>> model = lambda p, x: torch.tanh(x @ p)
+    >>> halves = lambda outputs, y: 0.5 * ((outputs - y) ** 2).sum()
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> exact_diagonal(per_sample_ggn_operator(model, halves, torch.zeros(2), x, torch.zeros(2)))
+    tensor([[1., 0.],
+            [1., 4.]])
+    """
+    return _gauss_newton(
+        model_fn,
+        loss_fn,
+        params,
+        (inputs, targets),
+        mode,
+        chunk_size,
+        memory_budget,
+        "per_sample_ggn_operator",
+    )
+
+
+def per_sample_fisher_operator(
+    model_fn: ModelFn,
+    likelihood: Callable[[Any], Any],
+    params: Tree,
+    inputs: Any,
+    *,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> PerSampleOperator:
+    """Return the Fisher information of every sample, summed over its own outputs.
+
+    Parameters
+    ----------
+    model_fn, likelihood, params, inputs, num_samples, generator
+        As for `fisher_operator`; the tensors of `inputs` have a leading axis of samples.
+    mode, chunk_size, memory_budget
+        As for `per_sample_hessian_operator`.
+
+    Returns
+    -------
+    PerSampleOperator
+        As for `per_sample_ggn_operator`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import exact_trace, likelihoods, per_sample_fisher_operator
+    >>> model = lambda p, x: x @ p
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> exact_trace(per_sample_fisher_operator(model, likelihoods.gaussian(), torch.zeros(2), x))
+    tensor([1., 5.])
+    """
+    where = "per_sample_fisher_operator"
+    pair = fisher_model(
+        model_fn,
+        likelihood,
+        params,
+        inputs,
+        num_samples=num_samples,
+        generator=generator,
+        reduction="sum",
+        where=where,
+    )
+    scored, loss, inputs, targets = pair
+    return _gauss_newton(
+        scored, loss, params, (inputs, targets), mode, chunk_size, memory_budget, where
+    )
+
+
+def per_sample_empirical_fisher_operator(
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
+    inputs: Any,
+    targets: Any,
+    *,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = "auto",
+    memory_budget: int | None = None,
+) -> PerSampleOperator:
+    """Return `g_n g_n^T` of the gradient of the loss of every sample.
+
+    Parameters
+    ----------
+    model_fn, loss_fn, params, inputs, targets
+        As for `empirical_fisher_operator`: one loss a sample.
+    mode, chunk_size, memory_budget
+        As for `per_sample_hessian_operator`.
+
+    Returns
+    -------
+    PerSampleOperator
+        Its exact trace is the squared norm of every sample's gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import exact_trace, per_sample_empirical_fisher_operator
+    >>> model, squares = lambda p, x: x @ p, lambda outputs, y: (outputs - y) ** 2
+    >>> x, y = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.ones(2)
+    >>> exact_trace(per_sample_empirical_fisher_operator(model, squares, torch.zeros(2), x, y))
+    tensor([ 4., 20.])
+    """
+    where = "per_sample_empirical_fisher_operator"
+    losses, squares, inputs, targets = empirical_fisher_model(
+        model_fn, loss_fn, params, inputs, targets, reduction="sum", where=where
+    )
+    return _gauss_newton(
+        losses, squares, params, (inputs, targets), mode, chunk_size, memory_budget, where
+    )
+
+
+def _gauss_newton(
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
+    batch: tuple[Any, Any],
+    mode: Mode,
+    chunk_size: ChunkSize,
+    memory_budget: int | None,
+    where: str,
+) -> PerSampleOperator:
+    check_callable(model_fn, where, name="model_fn")
+    check_callable(loss_fn, where, name="loss_fn")
+    check_params(params, where)
+    samples = Samples.of(batch, where)
+    params = without_inference_tensors(params)
+    leaves, unflatten = tree.flatten(params)
+    product = ggnvp(model_fn, loss_fn, mode=mode)
+    model = flat_model(model_fn, loss_fn, params, *batch, where=where)
+
+    def alone(row: Leaves) -> Leaves:
+        one = flat_model(model_fn, loss_fn, params, *samples.alone(row), where=where)
+        return one.outputs_at(forward=False, higher=False)(one.leaves)[0]
+
+    def together() -> Leaves:
+        return model.outputs_at(forward=False, higher=False)(model.leaves)[0]
+
+    random = _checked_outputs(together, alone, samples, tuple(leaves), where)
+
+    def multiply(v: Leaves, row: Leaves) -> Leaves:
+        inputs, targets = samples.alone(row)
+        return tuple(tree.flatten(product(params, unflatten(v), inputs, targets))[0])
+
+    outside = differentiated_outside(params, batch)
+    forms = rows = None
+    if not outside and not in_transform():
+        space = partial(space_of_samples, model_fn, loss_fn, params, samples, where)
+        rows = Rows(space, tuple(leaves))
+        if not random:
+            forms = Forms(partial(forms_of_samples, model, loss_fn, samples), model.leaves, outside)
+    return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, rows)
+
+
+def _checked_losses(
+    losses: Callable[[], Tensor],
+    alone: Callable[[Leaves], Tensor],
+    samples: Samples,
+    leaves: Leaves,
+    where: str,
+) -> tuple[bool, bool]:
+    """Return whether there is one loss a sample, and whether random numbers were drawn; refuse mixed samples."""
+    with out_of_inference_mode(), torch.no_grad():
+        value, random = watched_for_mixing(losses, leaves, where)
+    batched = value.shape == (samples.count,)
+    if not batched and value.numel() != 1:
+        problem = (
+            f"the loss must be one number, or one for each of {samples.count} samples, got shape "
+            f"{tuple(value.shape)}"
+        )
+        raise ArgumentError(message(where, problem, "Sum what belongs to a sample"))
+    if random or in_transform():
+        return batched, random
+    single = _alone(alone, samples, leaves)
+    if batched and agree(value, single):
+        return batched, random
+    if batched:
+        problem = f"{MIXED}: in the batch they have other losses than alone"
+        raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
+    number = value.reshape(1)
+    if not (agree(number, single.sum().reshape(1)) or agree(number, single.mean().reshape(1))):
+        problem = (
+            f"{MIXED}, or are weighted: the loss of the batch is {float(value):.6g}, neither the sum "
+            f"{float(single.sum()):.6g} nor the mean {float(single.mean()):.6g} of the losses that they have alone"
+        )
+        mend = (
+            "Return one loss a sample (reduction='none'), and take out what looks at other samples"
+        )
+        raise ArgumentError(message(where, problem, mend))
+    return batched, random
+
+
+def _checked_outputs(
+    together: Callable[[], Leaves],
+    alone: Callable[[Leaves], Leaves],
+    samples: Samples,
+    leaves: Leaves,
+    where: str,
+) -> bool:
+    """Return whether random numbers were drawn; refuse mixed samples."""
+    with out_of_inference_mode(), torch.no_grad():
+        outputs, random = watched_for_mixing(together, leaves, where)
+    for output in outputs:
+        if output.shape[:1] != (samples.count,):
+            problem = (
+                f"outputs need the leading axis of the {samples.count} samples, got shape "
+                f"{tuple(output.shape)}"
+            )
+            raise ArgumentError(message(where, problem))
+    if random or in_transform():
+        return random
+    singles = _alone(alone, samples, leaves)
+    if not all(agree(a, b.flatten(0, 1)) for a, b in zip(outputs, singles, strict=True)):
+        problem = f"{MIXED}: in the batch they have other outputs than alone"
+        raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
+    return random
+
+
+def _alone(alone: Callable[[Leaves], Any], samples: Samples, leaves: Leaves) -> Any:
+    """Return what samples give alone, mapped over them."""
+    state = RandomState.now(leaves)
+    with state.replayed(), out_of_inference_mode(), torch.no_grad(), without_vmap_warnings():
+        return vmap(alone, randomness="same", chunk_size=_EVALUATED_AT_ONCE)(samples.tensors)
+
+
+_EVALUATED_AT_ONCE = 128
+
+
+def _operator(
+    multiply: Callable[[Leaves, Leaves], Leaves],
+    params: Tree,
+    samples: Samples,
+    chunk_size: ChunkSize,
+    memory_budget: int | None,
+    mode: str,
+    forms: Forms | None,
+    rows: Rows | None,
+) -> PerSampleOperator:
+    """Return the operator of `multiply(vector, tensors of one sample)`."""
+    leaves, unflatten = tree.flatten(params)
+    state, versions = RandomState.now(leaves), Versions(leaves)
+    where = "PerSampleOperator"
+    taken: dict[str, int] = {}
+    entries = tree.numel(params)
+
+    def form(v: Leaves, row: Leaves) -> Tensor:
+        pairs = zip(v, multiply(v, row), strict=True)
+        parts = [(a * b).sum() for a, b in pairs]
+        return torch.stack([part.to(parts[0]) for part in parts]).sum()
+
+    def mapped(work: Callable[[Leaves, Leaves], Any], *, own: bool) -> Callable[[Tree], Any]:
+        over_samples = vmap(work, in_dims=(0 if own else None, 0), randomness="same")
+        over_all = over_samples
+        if not own:
+            over_all = vmap(over_samples, in_dims=(0, None), randomness="same")
+        axis = 0 if own else 1
+
+        def apply(vectors: Tree) -> Any:
+            versions.require_unchanged()
+            stacks = tuple(tree.flatten(without_inference_tensors(vectors))[0])
+            count = 1 if own else stacks[0].shape[0]
+            chunks = Chunks(
+                chunk_size,
+                memory_budget,
+                f"{where}, {count} vectors",
+                device=leaves[0].device,
+                entries=entries * count,
+                known=taken,
+            )
+
+            def taking(chunk: slice) -> tuple[Leaves, Leaves]:
+                mine = tuple(stack[chunk] for stack in stacks) if own else stacks
+                return mine, samples.rows(chunk)
+
+            def working(given: tuple[Leaves, Leaves], chunk: slice) -> Any:
+                with state.replayed(), out_of_inference_mode(), without_vmap_warnings():
+                    return over_all(*given)
+
+            found = list(chunks.map(taking, working, samples.count))
+            return tree.map(lambda *parts: torch.cat(parts, axis), *found)
+
+        return apply
+
+    def on_trees(apply: Callable[[Tree], Any]) -> Callable[[Tree], Tree]:
+        return lambda vectors: unflatten(apply(vectors))
+
+    return PerSampleOperator(
+        several=on_trees(mapped(multiply, own=False)),
+        each=on_trees(mapped(multiply, own=True)),
+        like=tree.map(Tensor.detach, params),
+        num_samples=samples.count,
+        quadratic=mapped(form, own=False),
+        forms=forms,
+        rows=rows,
+        mode=mode,
+    )

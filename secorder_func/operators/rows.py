@@ -1,0 +1,105 @@
+"""Gauss-Newton matrices as sums of few outer products, as many as a sample has outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secorder_func.operators.chunks import default_memory_budget
+from secorder_func.operators.versions import Versions
+from secorder_func.transforms.loss import Leaves
+from secorder_func.transforms.output_space import OutputSpace
+
+__all__ = ["Rows"]
+
+_COPIES = 4
+"""How much more than the rows themselves making them may take."""
+
+
+@dataclass
+class Rows:
+    """Matrices `A_n = sum_c w_nc r_nc r_nc^T`: `r_nc` is the pullback of an eigenvector of the loss's Hessian.
+
+    Parameters
+    ----------
+    make
+        Makes the output space, when it is first asked for; None where there is none.
+    leaves
+        Of the parameters.
+    """
+
+    make: Callable[[], OutputSpace | None]
+    leaves: Leaves
+
+    def __post_init__(self) -> None:
+        self._versions = Versions(self.leaves)
+        self._asked = False
+        self._space: OutputSpace | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
+
+    def cheaper(self) -> bool:
+        """Say whether there are fewer rows a sample than entries of the space."""
+        self._versions.require_unchanged()
+        if not self._asked:
+            self._asked, self._space = True, self.make()
+        entries = sum(leaf.numel() for leaf in self.leaves)
+        return self._space is not None and self._space.hessians.shape[-1] < entries
+
+    @property
+    def weights(self) -> Tensor:
+        """The eigenvalues of the loss's Hessian in the outputs, `(samples, outputs)`."""
+        return self._decomposed()[0]
+
+    def traces(self, budget: int | None) -> Tensor:
+        """Return the trace of every matrix, `(samples,)`."""
+        found = self.weights.new_zeros(len(self.weights))
+        for chunk, weights, rows in self.chunks(budget):
+            squares = [leaf.flatten(2).square().sum(2).to(weights) for leaf in rows]
+            found[chunk] += (weights * torch.stack(squares).sum(0)).sum(1)
+        return found
+
+    def diagonals(self, budget: int | None, *, summed: bool) -> Leaves:
+        """Return the diagonal of every matrix, leaves `(samples, ...)`, or their sum."""
+        count = () if summed else (len(self.weights),)
+        found = [leaf.new_zeros(*count, *leaf.shape) for leaf in self.leaves]
+        for chunk, weights, rows in self.chunks(budget):
+            for total, leaf in zip(found, rows, strict=True):
+                along = weights.to(leaf)
+                if summed:
+                    total += torch.einsum("nr,nr...->...", along, leaf.square())
+                else:
+                    total[chunk] += torch.einsum("nr,nr...->n...", along, leaf.square())
+        return tuple(found)
+
+    def chunks(
+        self, budget: int | None, *, whole: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Leaves]]:
+        """Yield some samples, weights `(samples, r)` and rows `(samples, r, ...)`; all rows of a sample if `whole`."""
+        self._versions.require_unchanged()
+        weights, vectors = self._decomposed()
+        assert self._space is not None
+        samples, outputs = weights.shape
+        budget = default_memory_budget(self.leaves[0].device) if budget is None else budget
+        one = _COPIES * sum(leaf.numel() * leaf.element_size() for leaf in self.leaves)
+        at_once = max(1, budget // max(1, one))
+        step = outputs if whole else min(outputs, at_once)
+        together = max(1, at_once // max(1, step))
+        for start in range(0, samples, together):
+            chunk = slice(start, min(start + together, samples))
+            for first in range(0, outputs, step):
+                some = slice(first, min(first + step, outputs))
+                cotangents = vectors[chunk, :, some].transpose(1, 2)
+                rows = self._space.pull(chunk, cotangents)
+                yield chunk, weights[chunk, some], tuple(leaf.detach() for leaf in rows)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        if self._eigen is None:
+            assert self._space is not None
+            hessians = self._space.hessians.detach()
+            work = torch.promote_types(hessians.dtype, torch.float32)
+            found = torch.linalg.eigh((hessians + hessians.mT).to(work) / 2)
+            self._eigen = found.eigenvalues.to(hessians), found.eigenvectors.to(hessians)
+        return self._eigen
