@@ -8,6 +8,7 @@ tensor([6., 0.])
 
 from secorder_func import errors, taylor, tree
 from secorder_func.algorithms import (
+    Eigenpairs,
     Estimate,
     exact_diagonal,
     exact_trace,
@@ -20,6 +21,7 @@ from secorder_func.algorithms import (
     hutchpp_trace,
     probes,
     random_direction,
+    top_eigenpairs,
     xdiag,
     xnystrace,
     xtrace,
@@ -56,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CurvatureFallbackWarning",
+    "Eigenpairs",
     "Estimate",
     "LinearOperator",
     "NoExactRouteError",
@@ -94,6 +97,7 @@ __all__ = [
     "random_direction",
     "rule_kinds",
     "taylor",
+    "top_eigenpairs",
     "tree",
     "verify",
     "xdiag",

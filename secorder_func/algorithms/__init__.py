@@ -3,6 +3,7 @@
 from secorder_func.algorithms import probes
 from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal, xdiag
 from secorder_func.algorithms.directions import filter_normalized, random_direction
+from secorder_func.algorithms.eigenpairs import Eigenpairs
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.laplacian import hutchinson_laplacian
 from secorder_func.algorithms.low_rank_trace import hutchpp_trace, xnystrace, xtrace
@@ -10,9 +11,11 @@ from secorder_func.algorithms.norms import (
     hutchinson_squared_frobenius_norm,
     hutchinson_squared_row_norms,
 )
+from secorder_func.algorithms.top_eigenpairs import top_eigenpairs
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
 __all__ = [
+    "Eigenpairs",
     "Estimate",
     "exact_diagonal",
     "exact_trace",
@@ -25,6 +28,7 @@ __all__ = [
     "hutchpp_trace",
     "probes",
     "random_direction",
+    "top_eigenpairs",
     "xdiag",
     "xnystrace",
     "xtrace",

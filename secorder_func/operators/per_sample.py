@@ -421,7 +421,6 @@ def _operator(
     """Return the operator of `multiply(vector, tensors of one sample)`."""
     leaves, unflatten = tree.flatten(params)
     state, versions = RandomState.now(leaves), Versions(leaves)
-    where = "PerSampleOperator"
     taken: dict[str, int] = {}
     entries = tree.numel(params)
 
@@ -430,48 +429,53 @@ def _operator(
         parts = [(a * b).sum() for a, b in pairs]
         return torch.stack([part.to(parts[0]) for part in parts]).sum()
 
-    def mapped(work: Callable[[Leaves, Leaves], Any], *, own: bool) -> Callable[[Tree], Any]:
-        over_samples = vmap(work, in_dims=(0 if own else None, 0), randomness="same")
-        over_all = over_samples
-        if not own:
-            over_all = vmap(over_samples, in_dims=(0, None), randomness="same")
-        axis = 0 if own else 1
+    def over_samples(
+        work: Callable[..., Any], given: Leaves, chosen: Samples, count: int, *, own: bool
+    ) -> Any:
+        """Map over chunks of samples; `given` are the vectors, of each sample its own or `count` for all."""
+        versions.require_unchanged()
+        chunks = Chunks(
+            chunk_size,
+            memory_budget,
+            f"PerSampleOperator, {count} vectors",
+            device=leaves[0].device,
+            entries=entries * count,
+            known=taken,
+        )
+
+        def taking(chunk: slice) -> tuple[Leaves, Leaves]:
+            return tuple(t[chunk] for t in given) if own else given, chosen.rows(chunk)
+
+        def working(both: tuple[Leaves, Leaves], chunk: slice) -> Any:
+            with state.replayed(), out_of_inference_mode(), without_vmap_warnings():
+                return work(*both)
+
+        found = list(chunks.map(taking, working, chosen.count))
+        return tree.map(lambda *parts: torch.cat(parts, 0 if own else 1), *found)
+
+    def shared(work: Callable[[Leaves, Leaves], Any]) -> Callable[[Tree], Any]:
+        mapped = vmap(work, in_dims=(None, 0), randomness="same")
+        mapped = vmap(mapped, in_dims=(0, None), randomness="same")
 
         def apply(vectors: Tree) -> Any:
-            versions.require_unchanged()
-            stacks = tuple(tree.flatten(without_inference_tensors(vectors))[0])
-            count = 1 if own else stacks[0].shape[0]
-            chunks = Chunks(
-                chunk_size,
-                memory_budget,
-                f"{where}, {count} vectors",
-                device=leaves[0].device,
-                entries=entries * count,
-                known=taken,
-            )
-
-            def taking(chunk: slice) -> tuple[Leaves, Leaves]:
-                mine = tuple(stack[chunk] for stack in stacks) if own else stacks
-                return mine, samples.rows(chunk)
-
-            def working(given: tuple[Leaves, Leaves], chunk: slice) -> Any:
-                with state.replayed(), out_of_inference_mode(), without_vmap_warnings():
-                    return over_all(*given)
-
-            found = list(chunks.map(taking, working, samples.count))
-            return tree.map(lambda *parts: torch.cat(parts, axis), *found)
+            given = tuple(tree.flatten(without_inference_tensors(vectors))[0])
+            return over_samples(mapped, given, samples, given[0].shape[0], own=False)
 
         return apply
 
-    def on_trees(apply: Callable[[Tree], Any]) -> Callable[[Tree], Tree]:
-        return lambda vectors: unflatten(apply(vectors))
+    def each(vectors: Tree, among: slice) -> Tree:
+        given = tuple(tree.flatten(without_inference_tensors(vectors))[0])
+        chosen = Samples(samples.rows(among), samples.restore)
+        mapped = vmap(multiply, randomness="same")
+        return unflatten(over_samples(mapped, given, chosen, 1, own=True))
 
+    several = shared(multiply)
     return PerSampleOperator(
-        several=on_trees(mapped(multiply, own=False)),
-        each=on_trees(mapped(multiply, own=True)),
+        several=lambda vectors: unflatten(several(vectors)),
+        each=each,
         like=tree.map(Tensor.detach, params),
         num_samples=samples.count,
-        quadratic=mapped(form, own=False),
+        quadratic=shared(form),
         forms=forms,
         rows=rows,
         mode=mode,

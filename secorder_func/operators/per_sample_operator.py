@@ -30,7 +30,7 @@ class PerSampleOperator:
     several
         The products of every matrix with the same `k` vectors, stacked: `(k, ...)` to `(k, samples, ...)`.
     each
-        The products with a vector of every sample's own: `(samples, ...)` to the same.
+        The products of some matrices, given as a slice, with a vector of each one's own: `(samples, ...)` to the same.
     like
         A member of the space.
     num_samples
@@ -56,7 +56,7 @@ class PerSampleOperator:
     """
 
     several: MatVec
-    each: MatVec
+    each: Callable[[Tree, slice], Tree]
     like: Tree
     num_samples: int
     quadratic: Callable[[Tree], Tensor] | None = None
@@ -129,15 +129,19 @@ class PerSampleOperator:
             return tree.map(lambda leaf: leaf.new_zeros(*shape, *leaf.shape), self.like)
         return tree.map(lambda *rows: torch.cat(rows), *found)
 
-    def with_own(self, vectors: Tree, /) -> Tree:
-        """Return the product of every sample's matrix with its own vector, `(samples, ...)` to the same."""
+    def with_own(self, vectors: Tree, /, *, samples: slice = slice(None)) -> Tree:
+        """Return the product of every sample's matrix with its own vector, `(samples, ...)` to the same.
+
+        `samples` are those that the vectors belong to: all, or a slice.
+        """
         where = "PerSampleOperator.with_own"
         check_like(vectors, self.like, where, name="vectors", batched=True)
         count = tree.flatten(vectors)[0][0].shape[0]
-        if count != self.num_samples:
-            problem = f"expected a vector for each of {self.num_samples} samples, got {count}"
+        expected = len(range(self.num_samples)[samples])
+        if count != expected:
+            problem = f"expected a vector for each of {expected} samples, got {count}"
             raise ArgumentError(message(where, problem))
-        return self.each(vectors)
+        return self.each(vectors, samples)
 
     def quadratic_forms(self, vectors: Tree, /) -> Tensor:
         """Return `v_k . A_n v_k` of `k` stacked vectors, `(k, samples)`."""
