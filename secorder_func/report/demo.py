@@ -149,20 +149,14 @@ def _measure(
             watched(hessian, advance), settings.num_eigenvalues, generator=generator
         )
 
-    forms = settings.num_sample_probes * len(problem.inputs)
-    with stages.stage("trace for every sample, estimated", forms) as advance:
+    num_probes = settings.num_sample_probes
+    with stages.stage("trace for every sample, estimated", num_probes) as advance:
         samples = per_sample.sample_traces(
-            problem,
-            num_probes=settings.num_sample_probes,
-            seed=draw_seed(generator),
-            advance=advance,
+            problem, num_probes=num_probes, seed=draw_seed(generator), advance=advance
         )
 
-    forms = 4 * settings.num_shown * num_params
-    with stages.stage("trace for the samples that stand out, exact", forms) as advance:
-        ranking = per_sample.rank(
-            problem, samples.values, num_shown=settings.num_shown, advance=advance
-        )
+    with stages.stage("trace for the samples that stand out, exact"):
+        ranking = per_sample.rank(problem, samples.estimate.value, num_shown=settings.num_shown)
         reference = per_sample.trace_by_double_backward(problem, int(ranking.most[0]))
 
     return Results(
@@ -201,8 +195,8 @@ def _digit_rows(
         outputs.argmax(1),
         F.cross_entropy(outputs, labels, reduction="none"),
         traces,
-        results.samples.values[indices],
-        results.samples.standard_errors[indices],
+        results.samples.estimate.value[indices],
+        results.samples.estimate.standard_error[indices],
     )
     return [
         DigitRow(*entries) for entries in zip(*(column.tolist() for column in columns), strict=True)
@@ -212,8 +206,12 @@ def _digit_rows(
 def _picture(
     problem: Problem, results: Results, most: list[DigitRow], least: list[DigitRow]
 ) -> Picture:
-    outputs = problem.model_fn(problem.params, problem.inputs)
-    losses = F.cross_entropy(outputs, problem.targets, reduction="none")
     return Picture(
-        most, least, problem.inputs, results.trace, results.spectrum, losses, results.samples.values
+        most,
+        least,
+        problem.inputs,
+        results.trace,
+        results.spectrum,
+        problem.losses(problem.params, problem.inputs, problem.targets),
+        results.samples.estimate.value,
     )

@@ -1,18 +1,23 @@
-"""Curvature of the loss of each sample: `vmap` of a Hessian-vector product over the batch."""
+"""Curvature of the loss of each sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from secorder_func import hvp, probes, tree
-from secorder_func.report.problem import Params, Problem, relative_difference
-from secorder_func.typing import Tree
+from secorder_func import (
+    Estimate,
+    LinearOperator,
+    PerSampleOperator,
+    exact_trace,
+    hutchinson_trace,
+    tree,
+)
+from secorder_func.report.problem import Problem, relative_difference, watched
 
 __all__ = [
     "Ranking",
@@ -23,9 +28,6 @@ __all__ = [
     "trace_by_double_backward",
 ]
 
-SAMPLES_AT_ONCE = 128
-PROBES_AT_ONCE = 16
-
 
 @dataclass(frozen=True, eq=False)
 class SampleTraces:
@@ -33,18 +35,14 @@ class SampleTraces:
 
     Attributes
     ----------
-    values, standard_errors
-        `(num_samples,)`.
-    num_probes
-        The same probes for all samples.
+    estimate
+        Value and standard error are `(num_samples,)`, from the same probes for all samples.
     mismatch
-        Relative difference of the mean over samples to the estimate for the Hessian of the mean loss from these
-        probes; equal but for rounding.
+        Relative difference of the mean over samples to the estimate from products with the Hessian of the mean loss
+        and these probes; equal but for rounding.
     """
 
-    values: Tensor
-    standard_errors: Tensor
-    num_probes: int
+    estimate: Estimate
     mismatch: float
 
 
@@ -73,74 +71,29 @@ def sample_traces(
     seed: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> SampleTraces:
-    """Estimate every sample's trace by Hutchinson's method; `advance` is told how many forms are done."""
-    vectors = probes.rademacher(seed, range(num_probes), problem.params)
-    forms = _forms(problem, vectors, problem.inputs, problem.targets, advance)
-    together = problem.hessian().quadratic_forms(vectors)
-    return SampleTraces(
-        values=forms.mean(0),
-        standard_errors=forms.std(0) / num_probes**0.5,
-        num_probes=num_probes,
-        mismatch=relative_difference(forms.mean(1), together),
+    """Estimate every sample's trace by Hutchinson's method; `advance` is told the products of the comparison."""
+
+    def traced(op: LinearOperator | PerSampleOperator) -> Estimate:
+        return hutchinson_trace(op, num_probes, generator=torch.Generator().manual_seed(seed))
+
+    estimate, together = (
+        traced(problem.sample_hessians()),
+        traced(watched(problem.hessian(), advance)),
     )
+    return SampleTraces(estimate, relative_difference(estimate.value.mean(), together.value))
 
 
-def exact_sample_traces(
-    problem: Problem, rows: Tensor, *, advance: Callable[[int], None] = lambda count: None
-) -> Tensor:
-    """Return the exact traces of the chosen samples, one product for every parameter and sample."""
-    size, step = tree.numel(problem.params), PROBES_AT_ONCE
-    inputs, targets = problem.inputs[rows], problem.targets[rows]
-    traces = torch.zeros(len(rows), dtype=inputs.dtype)
-    for start in range(0, size, step):
-        vectors = tree.basis(problem.params, start, min(start + step, size))
-        traces += _forms(problem, vectors, inputs, targets, advance).sum(0)
-    return traces
+def exact_sample_traces(problem: Problem, rows: Tensor) -> Tensor:
+    """Return the exact traces of the chosen samples."""
+    chosen = replace(problem, inputs=problem.inputs[rows], targets=problem.targets[rows])
+    return exact_trace(chosen.sample_hessians())
 
 
-def _forms(
-    problem: Problem,
-    vectors: Tree,
-    inputs: Tensor,
-    targets: Tensor,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """Return `v . H_i v` for every stacked vector and every sample, `(num_vectors, num_samples)`."""
-    product = hvp(problem.loss)
-
-    def form(params: Params, v: Params, x: Tensor, y: Tensor) -> Tensor:
-        return tree.dot(v, product(params, v, x, y))
-
-    over_samples = vmap(form, in_dims=(None, None, 0, 0))
-    over_both: Callable[..., Tensor] = vmap(over_samples, in_dims=(None, 0, None, None))
-    leaves, unflatten = tree.flatten(vectors)
-    # Vectors and samples are both cut: the products of a piece are alive together.
-    pieces = [unflatten(piece) for piece in _pieces(leaves, PROBES_AT_ONCE)]
-    rows = []
-    for piece in pieces:
-        row = []
-        for x, y in _pieces([inputs, targets], SAMPLES_AT_ONCE):
-            row.append(over_both(problem.params, piece, x, y))
-            advance(row[-1].numel())
-        rows.append(torch.cat(row, 1))
-    return torch.cat(rows)
-
-
-def _pieces(tensors: list[Any], size: int) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
-
-
-def rank(
-    problem: Problem,
-    estimates: Tensor,
-    *,
-    num_shown: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Ranking:
+def rank(problem: Problem, estimates: Tensor, *, num_shown: int) -> Ranking:
     """Rank samples by exact traces, computed for the twice `num_shown` that stand out at either end."""
     order = estimates.argsort(descending=True)
     high, low = order[: 2 * num_shown], order[-2 * num_shown :]
-    traces = exact_sample_traces(problem, torch.cat([high, low]), advance=advance)
+    traces = exact_sample_traces(problem, torch.cat([high, low]))
     high_traces, low_traces = traces[: len(high)], traces[len(high) :]
     most = high_traces.argsort(descending=True)[:num_shown]
     least = low_traces.argsort()[:num_shown]

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secorder_func import LinearOperator, functional_model, ggn_operator, hessian_operator, tree
+from secorder_func import (
+    LinearOperator,
+    PerSampleOperator,
+    functional_model,
+    ggn_operator,
+    hessian_operator,
+    per_sample_hessian_operator,
+    tree,
+)
 from secorder_func.typing import LossFn, ModelFn, Tree
 
 __all__ = ["Params", "Problem", "relative_difference", "watched"]
@@ -22,8 +30,8 @@ class Problem:
     Attributes
     ----------
     model_fn, loss_fn
-        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples; both
-        also take one sample without its axis.
+        `model_fn(params, inputs) -> outputs`, `loss_fn(outputs, targets) -> loss`, the mean over samples, or with
+        `reduction="none"` one loss a sample; both also take one sample without its axis.
     params
         By name; they share memory with the model's.
     inputs, targets
@@ -46,9 +54,17 @@ class Problem:
         """Return the mean loss over the samples given, or the loss of one."""
         return self.loss_fn(self.model_fn(params, inputs), targets)
 
+    def losses(self, params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every sample given."""
+        return self.loss_fn(self.model_fn(params, inputs), targets, reduction="none")
+
     def hessian(self) -> LinearOperator:
         """Return the Hessian of the mean loss."""
         return hessian_operator(self.loss, self.params, self.inputs, self.targets)
+
+    def sample_hessians(self) -> PerSampleOperator:
+        """Return the Hessian of the loss of every sample."""
+        return per_sample_hessian_operator(self.losses, self.params, self.inputs, self.targets)
 
     def gauss_newton(self) -> LinearOperator:
         """Return the Gauss-Newton matrix of the mean loss."""

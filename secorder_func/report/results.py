@@ -151,13 +151,14 @@ def _spectrum(spectrum: Spectrum) -> list[Row]:
 
 def _samples(results: Results) -> list[Row]:
     samples, ranking = results.samples, results.ranking
+    traces = samples.estimate.value
     exact = ranking.most_traces[0].item()
     difference = _relative(exact, results.reference)
     return [
         Row(
-            f"traces of {len(samples.values)} samples",
-            f"median {samples.values.median().item():.2g}, mean {samples.values.mean().item():.3g}",
-            f"v·H v of the mean loss, {samples.num_probes} probes: {_apart(samples.mismatch)}",
+            f"traces of {len(traces)} samples",
+            f"median {traces.median().item():.2g}, mean {traces.mean().item():.3g}",
+            f"v·H v of the mean loss, {samples.estimate.num_matvecs} probes: {_apart(samples.mismatch)}",
             samples.mismatch < EXACT,
         ),
         Row(
