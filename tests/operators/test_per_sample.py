@@ -66,18 +66,18 @@ def flat_rows(stacked: Any, batch_dims: int = 1) -> Tensor:
 
 def small(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a model of the issue with five samples."""
-    inputs = torch.randn(5, 1, 6, 6) if name == "cnn" else torch.randn(5, 4, 6)
+    inputs = torch.randn(5, 1, 6, 6) if name == "cnn" else torch.randn(5, 3, 4)
     if name == "mlp":
         inputs = inputs.flatten(1)
     models: dict[str, Callable[[], nn.Module]] = {
-        "mlp": lambda: nn.Sequential(nn.Linear(24, 5), nn.Tanh(), nn.Linear(5, 3)),
+        "mlp": lambda: nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)),
         "cnn": lambda: nn.Sequential(
             nn.Conv2d(1, 3, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
         ),
         "transformer": lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
+            nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True),
             nn.Flatten(),
-            nn.Linear(24, 3),
+            nn.Linear(12, 3),
         ),
     }
     return models[name]().double(), inputs.double(), torch.randint(3, (5,))
