@@ -149,7 +149,12 @@ class Estimate:
         spent = f"{self.num_matvecs} {'propagated forms' if self.by_propagation else 'products'}"
         if isinstance(self.value, Tensor) and self.value.ndim == 0:
             return f"{self.value.item():.6g} ± {self.standard_error.item():.2g} ({spent})"
-        return f"Estimate of a tree ({spent})"
+        values, errors = (tree.ravel(part)[0] for part in (self.value, self.standard_error))
+        if not len(values):
+            return f"no values ({spent})"
+        low, high = float(values.min()), float(values.max())
+        worst = float(errors.max())
+        return f"{len(values)} values from {low:.6g} to {high:.6g}, errors at most {worst:.2g} ({spent})"
 
 
 _PLAIN = (

@@ -13,7 +13,7 @@ from torch.func import vmap
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_params
 from secorder_func.errors import ArgumentError, message
-from secorder_func.operators.chunks import Chunks
+from secorder_func.operators.chunks import Chunks, chunks
 from secorder_func.operators.fisher import empirical_fisher_model, fisher_model
 from secorder_func.operators.forms import Draw, Forms
 from secorder_func.operators.per_sample_operator import PerSampleOperator
@@ -37,6 +37,7 @@ from secorder_func.transforms.samples import (
     Samples,
     agree,
     evaluated_alone,
+    refuse_coupled_losses,
     watched_for_mixing,
 )
 from secorder_func.typing import ChunkSize, LossFn, Mode, ModelFn, Tree
@@ -62,9 +63,9 @@ def per_sample_hessian_operator(
     Parameters
     ----------
     f
-        `f(params, *batch) -> losses`, one value a sample, `(samples,)`: then forms, traces and diagonals come by
-        forward propagation of the whole batch. Or a single number for the batch, a sum or a mean: every sample is then
-        a batch of one, and has the loss that it has alone.
+        `f(params, *batch) -> losses`, one value a sample, `(samples,)`, as by `reduction="none"`: then forms, traces
+        and diagonals come by forward propagation of the whole batch, many times faster than products. Or a single
+        number for the batch, a sum or a mean: every sample is then a batch of one, with the loss that it has alone.
     params
         Where, a tree.
     batch
@@ -72,7 +73,8 @@ def per_sample_hessian_operator(
     mode
         As for `hvp`.
     chunk_size, memory_budget
-        How many samples are multiplied at once; as for `LinearOperator.mm`.
+        How many samples are multiplied at once; as for `LinearOperator.mm`. A propagation takes all at once, or as many
+        as a number says.
 
     Returns
     -------
@@ -111,8 +113,8 @@ def per_sample_hessian_operator(
     leaves, unflatten = tree.flatten(params)
     product = hvp(f, mode=mode)
 
-    def losses() -> Tensor:
-        return checked_value(f(params, *batch), where)
+    def losses(part: slice) -> Tensor:
+        return checked_value(f(params, *samples.batch(part)), where)
 
     def alone(row: Leaves) -> Tensor:
         value: Tensor = evaluated_alone(lambda: f(params, *samples.alone(row)), tuple(leaves))
@@ -125,9 +127,11 @@ def per_sample_hessian_operator(
 
     forms = None
     if batched and not random:
-        loss = flat_loss(f, params, batch, {}, has_aux=False, where=where)
 
-        def compute(draws: Sequence[Draw | None], count: int, groups: int) -> tuple[Tensor, int]:
+        def of_some(
+            some: tuple[Any, ...], draws: Sequence[Draw | None], count: int, groups: int
+        ) -> tuple[Tensor, int]:
+            loss = flat_loss(f, params, some, {}, has_aux=False, where=where)
             return propagated_to_second_order(
                 loss.leaves,
                 draws,
@@ -136,7 +140,8 @@ def per_sample_hessian_operator(
                 groups=groups,
             )
 
-        forms = Forms(compute, loss.leaves, differentiated_outside(params, batch))
+        compute = partial(_in_parts, of_some, samples, chunk_size)
+        forms = Forms(compute, tuple(leaves), differentiated_outside(params, batch))
     return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, None)
 
 
@@ -309,16 +314,15 @@ def _gauss_newton(
     params = without_inference_tensors(params)
     leaves, unflatten = tree.flatten(params)
     product = ggnvp(model_fn, loss_fn, mode=mode)
-    model = flat_model(model_fn, loss_fn, params, *batch, where=where)
 
-    def alone(row: Leaves) -> Leaves:
-        one = flat_model(model_fn, loss_fn, params, *samples.alone(row), where=where)
+    def outputs_of(some: tuple[Any, Any]) -> Leaves:
+        one = flat_model(model_fn, loss_fn, params, *some, where=where)
         return one.outputs_at(forward=False, higher=False)(one.leaves)[0]
 
-    def together() -> Leaves:
-        return model.outputs_at(forward=False, higher=False)(model.leaves)[0]
+    def loss_of(some: tuple[Any, Any]) -> Tensor:
+        return checked_value(loss_fn(model_fn(params, some[0]), some[1]), where)
 
-    random = _checked_outputs(together, alone, samples, tuple(leaves), where)
+    random = _checked_outputs(outputs_of, loss_of, samples, tuple(leaves), where)
 
     def multiply(v: Leaves, row: Leaves) -> Leaves:
         inputs, targets = samples.alone(row)
@@ -330,20 +334,30 @@ def _gauss_newton(
         space = partial(space_of_samples, model_fn, loss_fn, params, samples, where)
         rows = Rows(space, tuple(leaves))
         if not random:
-            forms = Forms(partial(forms_of_samples, model, loss_fn, samples), model.leaves, outside)
+
+            def of_some(
+                some: tuple[Any, Any], draws: Sequence[Draw | None], count: int, groups: int
+            ) -> tuple[Tensor, int]:
+                model = flat_model(model_fn, loss_fn, params, *some, where=where)
+                part = Samples.of(some, where)
+                return forms_of_samples(model, loss_fn, part, draws, count, groups)
+
+            compute = partial(_in_parts, of_some, samples, chunk_size)
+            forms = Forms(compute, tuple(leaves), outside)
     return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, rows)
 
 
 def _checked_losses(
-    losses: Callable[[], Tensor],
+    losses: Callable[[slice], Tensor],
     alone: Callable[[Leaves], Tensor],
     samples: Samples,
     leaves: Leaves,
     where: str,
 ) -> tuple[bool, bool]:
     """Return whether there is one loss a sample, and whether random numbers were drawn; refuse mixed samples."""
+    whole = slice(0, samples.count)
     with out_of_inference_mode(), torch.no_grad():
-        value, random = watched_for_mixing(losses, leaves, where)
+        value, random = watched_for_mixing(lambda: losses(whole), leaves, where)
     batched = value.shape == (samples.count,)
     if not batched and value.numel() != 1:
         problem = (
@@ -351,37 +365,30 @@ def _checked_losses(
             f"{tuple(value.shape)}"
         )
         raise ArgumentError(message(where, problem, "Sum what belongs to a sample"))
-    if random or in_transform():
-        return batched, random
-    single = _alone(alone, samples, leaves)
-    if batched and agree(value, single):
-        return batched, random
-    if batched:
-        problem = f"{MIXED}: in the batch they have other losses than alone"
-        raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
-    number = value.reshape(1)
-    if not (agree(number, single.sum().reshape(1)) or agree(number, single.mean().reshape(1))):
-        problem = (
-            f"{MIXED}, or are weighted: the loss of the batch is {float(value):.6g}, neither the sum "
-            f"{float(single.sum()):.6g} nor the mean {float(single.mean()):.6g} of the losses that they have alone"
-        )
-        mend = (
-            "Return one loss a sample (reduction='none'), and take out what looks at other samples"
-        )
-        raise ArgumentError(message(where, problem, mend))
+    if not (random or in_transform()):
+        _compare(losses, _alone(alone, samples, leaves), leaves, where)
     return batched, random
 
 
+def _compare(losses: Callable[[slice], Tensor], alone: Tensor, leaves: Leaves, where: str) -> None:
+    """Refuse samples that have other losses together than alone."""
+    with out_of_inference_mode(), torch.no_grad():
+        refuse_coupled_losses(
+            lambda part: evaluated_alone(lambda: losses(part), leaves), alone, where
+        )
+
+
 def _checked_outputs(
-    together: Callable[[], Leaves],
-    alone: Callable[[Leaves], Leaves],
+    outputs_of: Callable[[Any], Leaves],
+    loss_of: Callable[[Any], Tensor],
     samples: Samples,
     leaves: Leaves,
     where: str,
 ) -> bool:
-    """Return whether random numbers were drawn; refuse mixed samples."""
+    """Return whether random numbers were drawn; refuse mixed samples, in the model and in the loss."""
+    whole = samples.batch(slice(0, samples.count))
     with out_of_inference_mode(), torch.no_grad():
-        outputs, random = watched_for_mixing(together, leaves, where)
+        outputs, random = watched_for_mixing(lambda: outputs_of(whole), leaves, where)
     for output in outputs:
         if output.shape[:1] != (samples.count,):
             problem = (
@@ -391,11 +398,34 @@ def _checked_outputs(
             raise ArgumentError(message(where, problem))
     if random or in_transform():
         return random
-    singles = _alone(alone, samples, leaves)
+
+    def alone(row: Leaves) -> tuple[Leaves, Tensor]:
+        one = samples.alone(row)
+        return outputs_of(one), evaluated_alone(lambda: loss_of(one), leaves).sum()
+
+    singles, losses = _alone(alone, samples, leaves)
     if not all(agree(a, b.flatten(0, 1)) for a, b in zip(outputs, singles, strict=True)):
         problem = f"{MIXED}: in the batch they have other outputs than alone"
         raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
+    _compare(lambda part: loss_of(samples.batch(part)), losses, leaves, where)
     return random
+
+
+def _in_parts(
+    of_some: Callable[..., tuple[Tensor, int]],
+    samples: Samples,
+    chunk_size: ChunkSize,
+    draws: Sequence[Draw | None],
+    count: int,
+    groups: int,
+) -> tuple[Tensor, int]:
+    """Return the forms of all samples, `(groups, samples)`, so many samples at once as were asked for."""
+    size = None if chunk_size in (None, "auto") else int(chunk_size)
+    parts = [
+        of_some(samples.batch(rows), draws, count, groups)
+        for rows in chunks(samples.count, size, "PerSampleOperator")
+    ]
+    return torch.cat([sums for sums, _ in parts], 1), max(taken for _, taken in parts)
 
 
 def _alone(alone: Callable[[Leaves], Any], samples: Samples, leaves: Leaves) -> Any:
@@ -434,7 +464,7 @@ def _operator(
     ) -> Any:
         """Map over chunks of samples; `given` are the vectors, of each sample its own or `count` for all."""
         versions.require_unchanged()
-        chunks = Chunks(
+        pieces = Chunks(
             chunk_size,
             memory_budget,
             f"PerSampleOperator, {count} vectors",
@@ -450,7 +480,7 @@ def _operator(
             with state.replayed(), out_of_inference_mode(), without_vmap_warnings():
                 return work(*both)
 
-        found = list(chunks.map(taking, working, chosen.count))
+        found = list(pieces.map(taking, working, chosen.count))
         return tree.map(lambda *parts: torch.cat(parts, 0 if own else 1), *found)
 
     def shared(work: Callable[[Leaves, Leaves], Any]) -> Callable[[Tree], Any]:

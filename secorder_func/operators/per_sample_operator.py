@@ -42,7 +42,7 @@ class PerSampleOperator:
     rows
         The matrices as sums of few outer products, where they are that.
     mode
-        By which exact route the products are computed.
+        How products are differentiated, as it was asked for.
 
     Examples
     --------

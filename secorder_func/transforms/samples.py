@@ -18,7 +18,14 @@ from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
 
-__all__ = ["MIXED", "Samples", "agree", "evaluated_alone", "watched_for_mixing"]
+__all__ = [
+    "MIXED",
+    "Samples",
+    "agree",
+    "evaluated_alone",
+    "refuse_coupled_losses",
+    "watched_for_mixing",
+]
 
 MIXED = "the samples of the batch influence each other"
 
@@ -35,7 +42,9 @@ class Samples:
         """Take a batch apart; refuse one whose tensors have no common leading axis."""
         tensors, restore = tree.tensors_and_rest(without_inference_tensors(batch))
         lengths = sorted({str(t.shape[0]) if t.ndim else "none" for t in tensors})
-        if len(lengths) != 1 or lengths[0] in ("none", "0"):
+        if lengths == ["0"]:
+            raise ArgumentError(message(where, "the batch has no samples"))
+        if len(lengths) != 1 or lengths == ["none"]:
             problem = (
                 f"every tensor of the batch needs the same leading axis of samples, got lengths "
                 f"{', '.join(lengths) or 'of no tensor'}"
@@ -52,6 +61,10 @@ class Samples:
     def rows(self, chunk: slice) -> Leaves:
         """Return the tensors of some samples."""
         return tuple(t[chunk] for t in self.tensors)
+
+    def batch(self, chunk: slice) -> Any:
+        """Return the batch of some samples."""
+        return self.restore(self.rows(chunk))
 
     def alone(self, row: Leaves) -> Any:
         """Return a batch of one out of the tensors of one sample."""
@@ -107,8 +120,43 @@ def agree(batch: Tensor, alone: Tensor) -> bool:
     if batch.shape != alone.shape:
         return False
     size = torch.nan_to_num(alone.detach().abs(), posinf=0.0).amax() if alone.numel() else 0.0
-    eps = torch.finfo(alone.dtype).eps
-    near = torch.isclose(
-        batch.detach(), alone.detach(), rtol=0.0, atol=float(size) * eps**0.5, equal_nan=True
-    )
+    atol = float(size) * torch.finfo(alone.dtype).eps ** 0.5
+    near = torch.isclose(batch.detach(), alone.detach(), rtol=0.0, atol=atol, equal_nan=True)
     return bool(near.all())
+
+
+def refuse_coupled_losses(loss_of: Callable[[slice], Tensor], alone: Tensor, where: str) -> bool:
+    """Return whether a batch has one loss a sample; refuse one that does not consist of those that samples have alone.
+
+    A single number must be the sum, or the mean, of the whole batch and of its halves.
+    """
+    count = len(alone)
+    value = loss_of(slice(0, count))
+    if value.shape == (count,):
+        if not agree(value, alone):
+            problem = f"{MIXED}: in the batch they have other losses than alone"
+            raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
+        return True
+    half = count // 2
+    parts = [slice(0, count), *([slice(0, half), slice(half, count)] if half else [])]
+    numbers = [value, *map(loss_of, parts[1:])]
+    for reduced in (torch.sum, torch.mean):
+        if all(_close(n, reduced(alone[part])) for n, part in zip(numbers, parts, strict=True)):
+            return False
+    total, mean = float(alone.sum()), float(alone.mean())
+    problem = (
+        f"{MIXED}, or are weighted: the loss of the batch is {float(value):.6g}, neither the sum {total:.6g} nor "
+        f"the mean {mean:.6g} of the losses that they have alone, or so for half of the batch"
+    )
+    missing = int(alone.isnan().sum())
+    if missing:
+        problem = f"{missing} of {count} samples have a loss of NaN alone, as by ignored targets"
+    raise ArgumentError(message(where, problem, "Return one loss a sample (reduction='none')"))
+
+
+def _close(number: Tensor, other: Tensor) -> bool:
+    """Say whether two numbers are one but for rounding."""
+    wide = torch.promote_types(other.dtype, torch.float32)
+    a, b = float(number.detach()), float(other.detach())
+    eps = torch.finfo(other.dtype).eps
+    return abs(a - b) <= (128 if other.dtype == wide else 4) * eps * max(abs(a), abs(b))

@@ -534,12 +534,37 @@ def test_losses_that_look_at_other_samples_are_refused(reduce: str) -> None:
         per_sample_hessian_operator(f, torch.ones(3), torch.randn(4, 3))
 
 
-def test_weighted_means_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weighted_means_are_refused(dtype: torch.dtype) -> None:
+    """Alone, each sample would lose its weight."""
     model, x, _ = small("mlp")
-    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0]).double())
+    model, x = model.to(dtype), x.to(dtype)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0], dtype=dtype))
+    y = torch.tensor([0, 1, 2, 1, 0])
     f, params = functional_loss(model, loss)
-    with pytest.raises(ValueError, match=r"or are weighted: .* neither the sum .* nor the mean"):
-        per_sample_hessian_operator(f, params, x, torch.tensor([0, 1, 2, 1, 0]))
+    weighted = r"or are weighted: .* neither the sum .* nor the mean"
+    with pytest.raises(ValueError, match=weighted):
+        per_sample_hessian_operator(f, params, x, y)
+    model_fn, params = functional_model(model)
+    with pytest.raises(ValueError, match=weighted):
+        per_sample_ggn_operator(model_fn, loss, params, x, y)
+
+
+def test_ignored_targets_are_named() -> None:
+    model, x, _ = small("mlp")
+    f, params = functional_loss(model, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="2 of 5 samples have a loss of NaN alone, as by ignored"):
+        per_sample_hessian_operator(f, params, x, torch.tensor([0, -100, 2, 1, -100]))
+    f, params = functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
+    op = per_sample_hessian_operator(f, params, x, torch.tensor([0, -100, 2, 1, -100]))
+    assert ((exact_trace(op) == 0) == torch.tensor([False, True, False, False, True])).all()
+
+
+def test_a_loss_over_pairs_is_refused_by_gauss_newton_too() -> None:
+    pairs = lambda z, y: (z - z.roll(1, 0)).square().mean()  # noqa: E731
+    model_fn = lambda p, x: x @ p  # noqa: E731
+    with pytest.raises(ValueError, match="the samples of the batch influence each other"):
+        per_sample_ggn_operator(model_fn, pairs, torch.ones(3), torch.randn(4, 3), torch.ones(4))
 
 
 def test_bad_batches_are_refused() -> None:
@@ -552,7 +577,7 @@ def test_bad_batches_are_refused() -> None:
         per_sample_hessian_operator(f, p, torch.ones(4, 3), torch.ones(3))
     with pytest.raises(ValueError, match=where + "every tensor .* of no tensor"):
         per_sample_hessian_operator(lambda p: p.sum(), p)
-    with pytest.raises(ValueError, match=where + "every tensor"):
+    with pytest.raises(ValueError, match=where + "the batch has no samples"):
         per_sample_hessian_operator(f, p, torch.ones(0, 3), torch.ones(0))
     with pytest.raises(ValueError, match=where + "every tensor .* got lengths 4, none"):
         per_sample_hessian_operator(f, p, torch.ones(4, 3), torch.ones(()))
