@@ -143,8 +143,8 @@ def xtrace(
     >>> from secorder_func import LinearOperator, xtrace
     >>> falling = 0.5 ** torch.arange(50.0)
     >>> op = LinearOperator(lambda v: falling * v, torch.zeros(50))
-    >>> print(f"{xtrace(op, 30).value:.3f}")
-    2.000
+    >>> print(f"{xtrace(op, 30).value:.2f}")
+    2.00
     """
     where = "xtrace"
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)
@@ -208,8 +208,8 @@ def xnystrace(
     >>> from secorder_func import LinearOperator, xnystrace
     >>> falling = 0.5 ** torch.arange(50.0).double()
     >>> op = LinearOperator(lambda v: falling * v, torch.zeros(50).double())
-    >>> print(f"{xnystrace(op, 15).value:.3f}")
-    2.000
+    >>> print(f"{xnystrace(op, 15).value:.2f}")
+    2.00
     """
     where = "xnystrace"
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)

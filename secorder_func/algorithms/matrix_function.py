@@ -1,0 +1,101 @@
+"""Products with functions of a symmetric operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secorder_func import tree
+from secorder_func.algorithms.density import Function
+from secorder_func.algorithms.estimate import Estimate
+from secorder_func.algorithms.krylov_spaces import krylov_spaces
+from secorder_func.checks import check_callable, check_count, check_like
+from secorder_func.errors import ArgumentError, message
+from secorder_func.operators import LinearOperator
+from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.typing import Tree
+
+__all__ = ["matrix_function"]
+
+
+def matrix_function(
+    op: LinearOperator, f: Function, b: Tree, /, *, num_steps: int = 64
+) -> Estimate:
+    r"""Return `f(A) b`, for `f` as `torch.sqrt`, `torch.rsqrt` or `torch.exp`.
+
+    Parameters
+    ----------
+    op
+        A real symmetric operator.
+    f
+        What to do with the eigenvalues; acts on each entry of a float64 tensor, and must be finite on the spectrum.
+    b
+        A vector like `op.like`.
+    num_steps
+        How many products, at most `n`; so many vectors are kept.
+
+    Returns
+    -------
+    Estimate
+        `value` is a tree like `b`. `standard_error` is not of chance: what the last eighth of the steps changed, entry
+        by entry, which is usually more than what is missing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The operator is complex or not symmetric; `b` is not like `op.like`; `f` is not finite at a Ritz value, as a
+        square root of an indefinite operator.
+    NonFiniteError
+        A product has NaN or infinite entries.
+
+    Notes
+    -----
+    The Lanczos approximation `|b| Q f(T) e_1`, with full reorthogonalisation. Its error falls at least as that of the
+    best polynomial of degree `num_steps - 1` for `f` on the spectrum.
+
+    References
+    ----------
+    N. J. Higham, Functions of Matrices, SIAM 2008, chapter 13. https://doi.org/10.1137/1.9780898717778
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import LinearOperator, matrix_function
+    >>> d = torch.tensor([1.0, 4.0, 9.0])
+    >>> op = LinearOperator(lambda v: d * v, d)
+    >>> matrix_function(op, torch.sqrt, torch.ones(3)).value.round(decimals=4)
+    tensor([1., 2., 3.])
+    """
+    where = "matrix_function"
+    check_real_operator(op, where)
+    check_callable(f, where)
+    check_like(b, op.like, where, name="b")
+    check_count(num_steps, where, name="num_steps")
+    if not op.symmetric:
+        raise ArgumentError(message(where, "the operator is not symmetric"))
+    flat, unravel = tree.ravel(b)
+    start = flat.detach().to(torch.promote_types(op.dtype, torch.float32))
+    length = torch.linalg.vector_norm(start)
+    steps = min(num_steps, max(1, op.shape[0]))
+    unit = start / length.clamp(min=torch.finfo(start.dtype).tiny)
+    T, Q = krylov_spaces(op, unit.unsqueeze(0), steps, where)
+    fewer = max(1, steps - max(1, steps // 8))
+    value, before = (_applied(f, T[0, :m, :m], where) for m in (steps, fewer))
+    x = length * (value.to(start) @ Q[0])
+    change = (x - length * (before.to(start) @ Q[0, :fewer])).abs()
+    if fewer == steps:
+        change = torch.zeros_like(x) if op.shape[0] <= 1 else torch.full_like(x, torch.inf)
+    return Estimate(unravel(x), unravel(change), steps)
+
+
+def _applied(f: Function, T: Tensor, where: str) -> Tensor:
+    """Return the first column of `f(T)`; what the first vector does not see is left out."""
+    values, vectors = torch.linalg.eigh(T)
+    seen = vectors[0].abs() > torch.finfo(T.dtype).eps
+    found = torch.where(seen, f(torch.where(seen, values, torch.ones_like(values))), 0.0)
+    if not bool(found.isfinite().all()):
+        at = float(values[seen][~f(values[seen]).isfinite()][0])
+        problem = f"f is not finite at the Ritz value {at:.4g} of the operator"
+        raise ArgumentError(message(where, problem, "Damp the operator: op.damped(...)"))
+    column: Tensor = vectors @ (found * vectors[0])
+    return column
