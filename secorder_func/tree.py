@@ -30,6 +30,7 @@ __all__ = [
     "flatten",
     "flatten_fully",
     "map",
+    "names",
     "norm",
     "numel",
     "paths",
@@ -101,6 +102,15 @@ def map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
     {'a': 2, 'b': 4}
     """
     return optree.tree_map(fn, tree, *rest)
+
+
+def names(tree: Tree, /) -> list[str]:
+    """Return a name for each leaf: the keys, indices and fields on the way to it, joined by dots.
+
+    >>> names({"layers": [1, 2], "head": 3})
+    ['head', 'layers.0', 'layers.1']
+    """
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
 
 
 def structure(tree: Tree, /) -> Any:

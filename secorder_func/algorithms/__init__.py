@@ -8,6 +8,7 @@ from secorder_func.algorithms.eigenpairs import Eigenpairs
 from secorder_func.algorithms.eigsh import eigsh
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.laplacian import hutchinson_laplacian
+from secorder_func.algorithms.layers import LayerCurvature, layer_curvature
 from secorder_func.algorithms.low_rank_trace import hutchpp_trace, xnystrace, xtrace
 from secorder_func.algorithms.matrix_function import matrix_function
 from secorder_func.algorithms.norms import (
@@ -20,6 +21,7 @@ from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "LayerCurvature",
     "SpectralDensity",
     "eigsh",
     "exact_diagonal",
@@ -31,6 +33,7 @@ __all__ = [
     "hutchinson_squared_row_norms",
     "hutchinson_trace",
     "hutchpp_trace",
+    "layer_curvature",
     "matrix_function",
     "probes",
     "random_direction",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from secorder_func.checks import (
     check_params,
 )
 from secorder_func.errors import ArgumentTypeError, message
+from secorder_func.operators.blocks import Selection, block_diagonal_of, block_of
 from secorder_func.operators.chunks import Chunks
 from secorder_func.operators.forms import Forms
 from secorder_func.operators.per_sample_operator import PerSampleOperator
@@ -272,6 +273,39 @@ class LinearOperator:
             symmetric=self.symmetric,
             mode=self.mode,
         )
+
+    def block(self, selection: Selection) -> LinearOperator:
+        """Return the diagonal block of some leaves, on dicts of these leaves by name.
+
+        Parameters
+        ----------
+        selection
+            A name, names, or a function that says yes to the names that are wanted. The name of a leaf joins the keys
+            on the way to it by dots, as `named_parameters` does; the name of what holds leaves stands for all of them.
+
+        Returns
+        -------
+        LinearOperator
+            Its forms and exact traces are as cheap as those of the whole.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from secorder_func import LinearOperator
+        >>> like = {"a": torch.zeros(1), "b": torch.zeros(1)}
+        >>> op = LinearOperator(lambda v: {"a": v["b"], "b": v["a"] + 2 * v["b"]}, like)
+        >>> op.block("b").dense()
+        tensor([[2.]])
+        """
+        return LinearOperator(**block_of(self, selection, "LinearOperator.block"))
+
+    def block_diagonal(self, groups: Mapping[str, Selection] | None = None) -> LinearOperator:
+        """Return the operator that keeps the diagonal blocks of groups of leaves and is zero between them.
+
+        `groups` are selections by name, as for `block`; without them the leaves of each module, the name up to the last
+        dot, are a group. Leaves in no group are zero. A product costs one product for each group.
+        """
+        return LinearOperator(**block_diagonal_of(self, groups, "LinearOperator.block_diagonal"))
 
     def dense(self, *, chunk_size: ChunkSize = "auto", memory_budget: int | None = None) -> Tensor:
         """Return the matrix itself, `(n, n)`, at the cost of `n` products in chunks as for `mm`.

@@ -40,13 +40,18 @@ class Rows:
         self._space: OutputSpace | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
 
-    def cheaper(self) -> bool:
-        """Say whether there are fewer rows a sample than entries of the space."""
+    def space(self) -> OutputSpace | None:
+        """Return where they act before they are pulled back, None if there is no such space."""
         self._versions.require_unchanged()
         if not self._asked:
             self._asked, self._space = True, self.make()
+        return self._space
+
+    def cheaper(self) -> bool:
+        """Say whether there are fewer rows a sample than entries of the space."""
+        space = self.space()
         entries = sum(leaf.numel() for leaf in self.leaves)
-        return self._space is not None and self._space.hessians.shape[-1] < entries
+        return space is not None and space.hessians.shape[-1] < entries
 
     @property
     def weights(self) -> Tensor:
