@@ -11,7 +11,7 @@ from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.typing import Tree
 
-__all__ = ["check_callable", "check_count", "check_like", "check_number", "check_params"]
+__all__ = ["check_callable", "check_count", "check_like", "check_number", "check_params", "check_positive"]
 
 
 def check_callable(function: Any, where: str, *, name: str = "f", mend: str = "") -> None:
@@ -37,6 +37,13 @@ def check_number(number: Any, where: str, *, name: str) -> None:
         given = tuple(number.shape) if isinstance(number, Tensor) else repr(number)
         problem = f"{name} must be a real number or a 0-dim tensor, got {given}"
         raise ArgumentTypeError(message(where, problem))
+
+
+def check_positive(number: Any, where: str, *, name: str) -> None:
+    """Refuse what is no positive, finite number."""
+    check_number(number, where, name=name)
+    if not 0 < float(number) < float("inf"):
+        raise ArgumentError(message(where, f"{name} must be positive and finite, got {number}"))
 
 
 def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:

@@ -189,7 +189,8 @@ class _XDiag:
         Q, AQ, R = self.range.basis, self.range.products, self.range.triangle
         probes = self.range.sketch.probes()
         k = len(Q)
-        lost = left_out(R)
+        span, _, lost = (t.to(Q) for t in left_out(R))
+        Q, AQ = span @ Q, span @ AQ
         F, E = lost.T @ Q, lost.T @ AQ
         lengths = (lost * R).sum(0).unsqueeze(1)  # of (I - Q_i Q_i^T) A w_i, along direction i
         weighted = lengths * probes

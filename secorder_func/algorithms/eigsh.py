@@ -9,8 +9,9 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.algorithms.eigenpairs import Eigenpairs
+from secorder_func.algorithms.flat_product import least_tolerance
 from secorder_func.algorithms.probes import draw_seed, normal
-from secorder_func.checks import check_count, check_like, check_number
+from secorder_func.checks import check_count, check_like, check_positive
 from secorder_func.errors import (
     ArgumentError,
     ConvergenceWarning,
@@ -56,7 +57,8 @@ def eigsh(
         magnitude, descending.
     rtol
         What every residual norm may be beside the largest magnitude of an eigenvalue that was seen; at least 50 times
-        the rounding of the dtype is allowed. The eigenvalues themselves are off by about the square of it.
+        the rounding of the dtype is allowed, 4 times in half precision. The eigenvalues themselves are off by about the
+        square of it.
     max_matvecs
         The most products; `max(20 k, 200)` if None.
     v0
@@ -119,13 +121,13 @@ def eigsh(
         raise ArgumentError(message(where, f"which must be one of {known}, got {which!r}"))
     if not op.symmetric:
         raise ArgumentError(message(where, "the operator is not symmetric"))
-    check_number(rtol, where, name="rtol")
+    check_positive(rtol, where, name="rtol")
     for name, count in (("max_matvecs", max_matvecs), ("memory_budget", memory_budget)):
         if count is not None:
             check_count(count, where, name=name)
     work = torch.promote_types(op.dtype, torch.float32)
     begin = _begin(op, v0, work, where)
-    tolerance = max(float(rtol), 50 * torch.finfo(op.dtype).eps)
+    tolerance = least_tolerance(float(rtol), op.dtype)
     most = max(20 * k, 200) if max_matvecs is None else max_matvecs
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     size = min(n, max(2 * k + 16, budget // (2 * n * work.itemsize)))

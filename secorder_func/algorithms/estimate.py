@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,7 +93,11 @@ class Estimate:
         4 ± 0.1 (8 products)
         """
         root = tree.map(lambda leaf: leaf.clamp(min=0).sqrt(), self.value)
-        error = tree.map(lambda e, r: e / (2 * r), self.standard_error, root)
+        error = tree.map(
+            lambda e, r: torch.where(e > 0, e / (2 * r), torch.zeros_like(r)),
+            self.standard_error,
+            root,
+        )
         return replace(self, value=root, standard_error=error, state=None)
 
     def with_state(self, state: State, converged: bool | None) -> Estimate:
@@ -115,13 +119,13 @@ class Estimate:
             **{name: getattr(self, name) for name in _PLAIN},
         }
         target = Path(path)
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        part = target.with_name(f"{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with part.open("xb") as file:
                 torch.save(content, file)
-            os.replace(part, target)
+            part.replace(target)
         except BaseException:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
     @staticmethod
@@ -141,7 +145,10 @@ class Estimate:
         if skeleton is None:
             problem = "the value has containers that are not stored"
             raise ArgumentError(message(where, problem, "Pass like=, a tree of its structure"))
-        _, unflatten = tree.flatten(skeleton)
+        found, unflatten = tree.flatten(skeleton)
+        if len(found) != len(content["value"]):
+            problem = f"like has {len(found)} leaves, the stored value {len(content['value'])}"
+            raise ArgumentError(message(where, problem))
         parts = {name: unflatten(content[name]) for name in ("value", "standard_error")}
         return Estimate(**parts, **{name: content[name] for name in _PLAIN})
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from secorder_func.checks import check_callable
 from secorder_func.errors import ArgumentError, ArgumentTypeError, NonFiniteError, message
 
-__all__ = ["FlatProduct"]
+__all__ = ["FlatProduct", "least_tolerance"]
+
+
+def least_tolerance(tol: float, dtype: torch.dtype) -> float:
+    """Return `tol`, or what rounding in products of this dtype allows if that is more."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    # A product in half precision is off by the rounding of its entries; otherwise its sums round too.
+    return max(tol, (4 if half else 50) * torch.finfo(dtype).eps)
+
 
 _TINY = 1e-12  # below it float32 norms lose digits to underflow of the squares
 
@@ -71,9 +79,7 @@ class FlatProduct:
 
     def tolerance(self, tol: float) -> float:
         """Return `tol`, or the relative residual that rounding in the products allows if that is more."""
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        # A product in half precision is off by the rounding of its entries; otherwise its sums round too.
-        return max(tol, (4 if half else 50) * torch.finfo(self.dtype).eps)
+        return least_tolerance(tol, self.dtype)
 
     def refuse_values(self) -> NoReturn:
         """Raise the error of a product that is not finite."""

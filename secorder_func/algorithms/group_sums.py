@@ -16,6 +16,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.probes import Distribution, distribution_name, leaf_sampler
+from secorder_func.algorithms.wide import wide
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator, PerSampleOperator
 from secorder_func.operators.chunks import check_chunk_size
@@ -57,11 +58,14 @@ class Sampling:
 
     def state(self) -> State:
         """Return what tells whether other probes belong to these."""
-        shapes = [list(leaf.shape) for leaf in tree.flatten(self.op.like)[0]]
+        leaves = tree.flatten(self.op.like)[0]
         return {
             "seed": self.seed,
             "distribution": distribution_name(self.distribution),
-            "shapes": shapes,
+            "names": tree.names(self.op.like),
+            "shapes": [list(leaf.shape) for leaf in leaves],
+            "dtypes": [str(leaf.dtype) for leaf in leaves],
+            "samples": list(self.op.batch_shape),
         }
 
     def require_same(self, state: State) -> None:
@@ -234,7 +238,7 @@ def mean_and_error(sums: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     also for groups of unequal sizes.
     """
     count = sum(sizes)
-    work = sums if sums.dtype.itemsize > 2 else sums.float()
+    work = wide(sums)
     mean = work.sum(0) / count
     if len(sizes) == 1:
         return mean.to(sums.dtype), torch.full_like(mean, torch.inf, dtype=sums.dtype)

@@ -13,6 +13,8 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.algorithms.estimate import State
 from secorder_func.algorithms.group_sums import Sampling
+from secorder_func.algorithms.wide import wide
+from secorder_func.errors import NonFiniteError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.typing import Tree
 
@@ -68,6 +70,13 @@ class Products:
         rows: Tensor = tree.ravel(stacked, batch_dims=1)[0]
         return rows.detach().to(self.images.dtype)
 
+    def require_finite(self) -> None:
+        """Refuse products with NaN or infinite entries; one synchronisation."""
+        if not bool(self.images.isfinite().all()):
+            problem = "a product has NaN or infinite entries"
+            mend = "Check the loss and its gradient at these parameters"
+            raise NonFiniteError(message(self._sampling.where, problem, mend))
+
 
 class RangeFinder:
     """An orthonormal basis of the products `A W` with random probes, and the products with the basis.
@@ -101,6 +110,7 @@ class RangeFinder:
         if count == old:
             return
         images = self.sketch.extend(count)
+        self.sketch.require_finite()
         inside = images.new_zeros(old, count - old)
         for _ in range(2 if old else 0):  # twice is enough
             part = self.basis @ images.T
@@ -122,18 +132,30 @@ class RangeFinder:
         }
 
 
-def left_out(triangle: Tensor) -> Tensor:
-    """Return the directions that the basis loses when one column of `Q^T R` is left out, `(k, k)`.
+def left_out(triangle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what of the basis the products span, how much that is, and what is lost when one of them is left out.
 
-    Column `i` is the unit vector orthogonal to all columns of `R` but column `i`. Where `R` has less than full rank the
-    others span what it spans, and nothing is lost: the column is zero.
+    Returns
+    -------
+    tuple
+        In float64: the projector onto the span of the columns of `R`, `(k, k)`: where these depend on each other, the basis has
+        more directions, which come from rounding and mean nothing. The rank. And the lost directions, `(k, k)`: column
+        `i` is the unit vector in the span orthogonal to all columns of `R` but column `i`; zero where column `i`
+        depends on the others.
     """
-    left, values, right = torch.linalg.svd(triangle)
+    left, values, right = torch.linalg.svd(wide(triangle))
     floor = torch.finfo(triangle.dtype).eps * len(values) * values[:1]
-    rank = (values > floor).sum()
-    columns = (left / values.clamp(min=floor).clamp(min=torch.finfo(values.dtype).tiny)) @ right
+    kept = (values > floor).to(values)
+    columns = (left * (kept / torch.where(kept > 0, values, torch.ones_like(values)))) @ right
     lengths = torch.linalg.vector_norm(columns, dim=0)
-    return torch.where(rank == len(values), columns / lengths, torch.zeros_like(columns))
+    dependent = ((1 - kept).unsqueeze(1) * right).square().sum(0)
+    lost = (dependent < _DEPENDS) & (lengths > 0)
+    directions = torch.where(lost, columns / lengths, torch.zeros_like(columns))
+    return (left * kept) @ left.T, kept.sum(), directions
+
+
+_DEPENDS = 1e-8
+"""What share of a column among the combinations that vanish makes it depend on the others."""
 
 
 def error_of_mean(values: Tensor, covariance: Tensor) -> Tensor:
@@ -148,12 +170,14 @@ def error_of_mean(values: Tensor, covariance: Tensor) -> Tensor:
     k = len(values)
     if k == 1:
         return torch.full_like(values[0], math.inf)
-    return (values.var(0) / k + covariance.clamp(min=0)).sqrt()
+    variance = wide(values).var(0) / k + wide(covariance).clamp(min=0)
+    return variance.sqrt().to(values.dtype)
 
 
 def mean_over_pairs(differences: Tensor) -> Tensor:
     """Return the mean of `d_ij d_ji` over `i != j`, of `(k, k, ...)`."""
     k = differences.shape[0]
+    differences = wide(differences)
     products = differences * differences.transpose(0, 1)
     own = products.diagonal().sum(-1)
     return (products.sum((0, 1)) - own) / max(1, k * (k - 1))

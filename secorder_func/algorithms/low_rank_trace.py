@@ -319,14 +319,17 @@ class _XTrace(_Sketched):
         self.range.extend(max(1, total // 2))
 
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
-        Q, AQ, R = self.range.basis, self.range.products, self.range.triangle.double()
+        Q, AQ = self.range.basis, self.range.products
         probes = self.range.sketch.probes()
         k, n = Q.shape
-        H = (Q @ AQ.T).double()  # Q^T A Q
-        W = (Q @ probes.T).double()
-        T = (AQ @ probes.T).double()
-        S = left_out(R)  # what the basis loses without a probe
-        full = (S.square().sum() > 0.5).to(H.dtype)
+        R = self.range.triangle.double()
+        P, rank, S = left_out(
+            self.range.triangle
+        )  # what the products span, and what that loses without a probe
+        H = P @ (Q @ AQ.T).double() @ P  # Q^T A Q
+        W = P @ (Q @ probes.T).double()
+        T = P @ (AQ @ probes.T).double()
+        loses = (S.square().sum(0) > 0.5).to(H.dtype)  # one dimension, or none
         # Of probe w: r = w - Q Q^T w outside of the basis, and what its products with Q and itself are.
         rest = probes.square().sum(1).double() - W.square().sum(0)
         form = (W * (H @ W - T)).sum(0)
@@ -336,7 +339,7 @@ class _XTrace(_Sketched):
         own, curved = along.diagonal(), bent.diagonal()
         square = rest + own**2
         values = H.trace() - curved
-        values += (form + own * mixed.diagonal() + own**2 * curved) * ((n - k + full) / square)
+        values += (form + own * mixed.diagonal() + own**2 * curved) * ((n - rank + loses) / square)
 
         # The same for probe j without probe i, which is lost from the basis too: x = r + a s_i + b s_j.
         both = (bent + bent.T) / 2
@@ -346,7 +349,7 @@ class _XTrace(_Sketched):
         forms = form + a * mixed + b * mixed.diagonal()
         forms += a**2 * curved.unsqueeze(1) + b**2 * curved + 2 * a * b * both
         without = H.trace() - (curved.unsqueeze(1) + curved - 2 * near * both) / apart
-        without += forms * ((n - k + 2 * full) / square)
+        without += forms * ((n - rank + loses.unsqueeze(1) + loses) / square)
         differences = values - without  # (i, j)
         return values, error_of_mean(values, mean_over_pairs(differences)), 2 * k
 
@@ -363,6 +366,7 @@ class _XNysTrace(_Sketched):
         self.sketch.extend(total)
 
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
+        self.sketch.require_finite()
         probes, images = self.sketch.probes(), self.sketch.images
         k, n = probes.shape
         gram = (probes @ images.T).double()

@@ -13,6 +13,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Sampling
+from secorder_func.algorithms.wide import wide
 from secorder_func.typing import Tree
 
 __all__ = ["Moments"]
@@ -32,11 +33,13 @@ class Moments:
         self._mean: list[Tensor] = []
         self._spread: list[Tensor] = []  # sums of squared deviations from the mean
         self._unflatten: Callable[[Any], Tree] = tuple
+        self._dtypes: list[torch.dtype] = []
         if state is not None:
             sampling.require_same(state)
             self.count = state["count"]
             self._mean, self._spread = state["mean"], state["spread"]
-            self._unflatten = tree.flatten(sampling.op.like)[1]
+            leaves, self._unflatten = tree.flatten(sampling.op.like)
+            self._dtypes = [leaf.dtype for leaf in leaves]
 
     def extend(self, total: int) -> None:
         """Add the probes up to `total`."""
@@ -45,9 +48,10 @@ class Moments:
 
         def moments(vectors: Tree, rows: slice) -> tuple[int, list[Tensor], list[Tensor]]:
             samples, self._unflatten = tree.flatten(self._value(vectors))
-            means = [x.mean(0) for x in samples]
-            spread = [(x - x.mean(0)).square().sum(0) for x in samples]
-            return rows.stop - rows.start, means, spread
+            self._dtypes = [x.dtype for x in samples]
+            means = [wide(x).mean(0) for x in samples]
+            apart = [wide(x) - mean for x, mean in zip(samples, means, strict=True)]
+            return rows.stop - rows.start, means, [a.square().sum(0) for a in apart]
 
         chunks = self._sampling.chunks
         probes = partial(self._sampling.probes, self.count)
@@ -75,7 +79,10 @@ class Moments:
             else torch.full_like(leaf, math.inf)
             for leaf in self._spread
         ]
-        value, error = self._unflatten(self._mean), self._unflatten(errors)
+        value, error = (
+            self._unflatten([t.to(dtype) for t, dtype in zip(part, self._dtypes, strict=True)])
+            for part in (self._mean, errors)
+        )
         return Estimate(value, error, total, self._sampling.chunks.largest, total - 1)
 
     def state(self) -> State:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate, State, student
-from secorder_func.checks import check_count
+from secorder_func.algorithms.wide import wide
+from secorder_func.checks import check_count, check_number
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -17,6 +20,7 @@ from secorder_func.errors import (
     message,
     warn_user,
 )
+from secorder_func.typing import Tree
 
 __all__ = ["Target", "estimated"]
 
@@ -53,10 +57,11 @@ class Target:
     ) -> Target:
         """Refuse what is not either a count or a tolerance."""
         for name, tolerance in (("rtol", rtol), ("atol", atol)):
-            number = not isinstance(tolerance, bool) and isinstance(tolerance, (int, float))
-            if tolerance is not None and not (number and 0 <= tolerance < math.inf):
-                problem = f"{name} must be a number from 0 on, got {tolerance!r}"
-                raise ArgumentTypeError(message(where, problem))
+            if tolerance is not None or name == "atol":
+                check_number(tolerance, where, name=name)
+                if not 0 <= float(tolerance) < math.inf:
+                    problem = f"{name} must be a number from 0 on, got {tolerance}"
+                    raise ArgumentError(message(where, problem))
         wanted = rtol is not None or atol > 0
         if num_matvecs is None and not wanted:
             problem = "neither num_matvecs nor a tolerance was given"
@@ -123,13 +128,20 @@ def _compared(estimate: Estimate, target: Target, looks: int) -> tuple[bool, int
     if not degrees:
         return False, 0
     width = student(1 - _RISK / (looks * (looks + 1)), degrees)
-    half = width * float(tree.norm(estimate.standard_error))
-    wanted = max(target.atol, (target.rtol or 0.0) * float(tree.norm(estimate.value)))
+    half = width * _norm(estimate.standard_error)
+    wanted = max(float(target.atol), float(target.rtol or 0.0) * _norm(estimate.value))
     if half <= wanted:
         return True, 0
-    if not (wanted > 0 and math.isfinite(half)):
+    if not (wanted > 0 and math.isfinite(half) and math.isfinite(wanted)):
         return False, 2 * estimate.num_matvecs
     return False, math.ceil(min(1.1 * (half / wanted) ** 2, 4.0) * estimate.num_matvecs)
+
+
+def _norm(value: Tree) -> float:
+    """Return the norm; in float64, in which squares of small numbers are not zero."""
+    return float(
+        torch.stack([torch.linalg.vector_norm(wide(t)) for t in tree.flatten(value)[0]]).norm()
+    )
 
 
 def _whole(gathered: Accumulated, total: int, looks: int, where: str) -> State:

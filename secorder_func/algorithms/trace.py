@@ -133,7 +133,7 @@ def exact_trace(
     chunks = op.chunks(chunk_size, memory_budget, "exact_trace")
     if op.rows is not None and op.rows.cheaper():
         traces = op.rows.traces(memory_budget)
-        return traces if op.batch_shape else traces.sum()
+        return (traces if op.batch_shape else traces.sum()).to(op.dtype)
     forms = exact_forms(op, chunk_size, memory_budget)
     if forms is not None:
         return torch.stack([leaf.sum(0).to(op.device, op.dtype) for leaf in forms]).sum(0)

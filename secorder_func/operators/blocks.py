@@ -137,7 +137,7 @@ def _forms(forms: Forms, part: _Part) -> Forms:
             raise NotPropagatedError(forms.missing or "the operator has no forms")
         return found, forms.largest or 0
 
-    return Forms(compute, tuple(part.like.values()), forms.outside)
+    return Forms(compute, tuple(part.like.values()), forms.outside, data=forms.data)
 
 
 def _rows(rows: Rows, part: _Part) -> Rows:
@@ -147,7 +147,7 @@ def _rows(rows: Rows, part: _Part) -> Rows:
             return None
         return OutputSpace(space.hessians, partial(_pulled, space, part.indices))
 
-    return Rows(make, tuple(part.like.values()))
+    return Rows(make, tuple(part.like.values()), rows.data)
 
 
 def _pulled(

@@ -120,7 +120,8 @@ def hessian_operator(
         )
     loss = flat_loss(f, params, args, kwargs, has_aux=False, where=where)
     outside = differentiated_outside(params, args, tuple(kwargs.values()))
-    forms = _forms(partial(forms_of_loss, loss), loss.leaves, outside or check_finite)
+    data = tree.tensors_in(args, tuple(kwargs.values()))
+    forms = _forms(partial(forms_of_loss, loss), loss.leaves, data, outside or check_finite)
 
     def reverse() -> LeafProduct:
         return pulled_back(loss.at(forward=False, higher=outside), loss.leaves, outside)
@@ -206,12 +207,14 @@ def ggn_operator(
         )
     model = flat_model(model_fn, loss_fn, params, inputs, targets, where=where)
     outside = differentiated_outside(params, inputs, targets)
-    forms = _forms(partial(forms_of_model, model), model.leaves, outside or check_finite)
+    data = tree.tensors_in(inputs, targets)
+    forms = _forms(partial(forms_of_model, model), model.leaves, data, outside or check_finite)
     rows = None
     if forms is not None:
         batch = without_inference_tensors((inputs, targets))
-        space = partial(space_of_batch, model, model_fn, loss_fn, params, batch)
-        rows = Rows(space, model.leaves)
+        state = RandomState.now(model.leaves)
+        space = partial(space_of_batch, model, model_fn, loss_fn, params, batch, state)
+        rows = Rows(space, model.leaves, forms.data)
 
     def reverse() -> LeafProduct:
         return _without_graph(ggn_pullbacks(model, higher=outside), outside)
@@ -239,8 +242,8 @@ def ggn_operator(
     return replace(op, rows=rows)
 
 
-def _forms(compute: Any, leaves: Leaves, refused: bool) -> Forms | None:
-    return None if refused or in_transform() else Forms(compute, leaves)
+def _forms(compute: Any, leaves: Leaves, data: list[Tensor], refused: bool) -> Forms | None:
+    return None if refused or in_transform() else Forms(compute, leaves, data=tuple(data))
 
 
 def _in_order(

@@ -38,6 +38,8 @@ class Forms:
         Of the parameters.
     outside
         Whether someone differentiates what is computed from them; then there are no forms.
+    data
+        Further tensors that must not change in place.
 
     Attributes
     ----------
@@ -50,6 +52,7 @@ class Forms:
     compute: Compute
     leaves: Leaves
     outside: bool = False
+    data: Leaves = ()
     missing: str | None = None
     largest: int | None = None
     _state: RandomState = field(init=False)
@@ -57,7 +60,7 @@ class Forms:
 
     def __post_init__(self) -> None:
         self._state = RandomState.now(self.leaves)
-        self._versions = Versions(self.leaves)
+        self._versions = Versions(self.leaves, self.data)
 
     def __call__(self, draws: Sequence[Draw | None], count: int, groups: int) -> Tensor | None:
         """Return the sums, `(groups,)`, None where there are none."""

@@ -29,17 +29,16 @@ from secorder_func.transforms.forms import (
 )
 from secorder_func.transforms.gauss_newton import flat_model, ggnvp
 from secorder_func.transforms.hessian import hvp
+from secorder_func.transforms.independence import (
+    LOOKED_AT,
+    refuse_dependent_losses,
+    refuse_dependent_outputs,
+    watched,
+)
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.output_space import space_of_samples
 from secorder_func.transforms.policy import differentiated_outside, in_transform
-from secorder_func.transforms.samples import (
-    MIXED,
-    Samples,
-    agree,
-    evaluated_alone,
-    refuse_coupled_losses,
-    watched_for_mixing,
-)
+from secorder_func.transforms.samples import Samples
 from secorder_func.typing import ChunkSize, LossFn, Mode, ModelFn, Tree
 
 __all__ = [
@@ -87,14 +86,15 @@ def per_sample_hessian_operator(
     ValueError
         Samples influence each other, as by BatchNorm in training mode; tensors of the batch have no common leading
         axis; the loss is neither one number nor one a sample, or the loss of the batch neither the sum nor the mean of
-        those of its samples.
+        those of its samples. Losses are compared with their first and second derivatives, for up to 16 samples.
     TypeError, NoExactRouteError
         As for `hvp`.
 
     Notes
     -----
     No Python loop runs over samples: they are mapped by `torch.func.vmap`. Random numbers of the loss (dropout) are
-    drawn once, the same for all samples and products.
+    drawn once, the same for all samples and products. A single number for the batch that draws some is not compared
+    with what samples have alone.
 
     Examples
     --------
@@ -113,14 +113,21 @@ def per_sample_hessian_operator(
     leaves, unflatten = tree.flatten(params)
     product = hvp(f, mode=mode)
 
-    def losses(part: slice) -> Tensor:
-        return checked_value(f(params, *samples.batch(part)), where)
+    state = RandomState.now(leaves)
 
-    def alone(row: Leaves) -> Tensor:
-        value: Tensor = evaluated_alone(lambda: f(params, *samples.alone(row)), tuple(leaves))
-        return checked_value(value, where).sum()
+    def loss_of(at: Leaves, some: tuple[Any, ...]) -> Tensor:
+        return checked_value(f(unflatten(at), *some), where)
 
-    batched, random = _checked_losses(losses, alone, samples, tuple(leaves), where)
+    value, random = watched(lambda: loss_of(tuple(leaves), batch), tuple(leaves), where)
+    batched = value.shape == (samples.count,)
+    if not batched and value.numel() != 1:
+        problem = (
+            f"the loss must be one number, or one for each of {samples.count} samples, got shape "
+            f"{tuple(value.shape)}"
+        )
+        raise ArgumentError(message(where, problem, "Sum what belongs to a sample"))
+    if not in_transform():
+        refuse_dependent_losses(loss_of, tuple(leaves), samples, state, random, where)
 
     def multiply(v: Leaves, row: Leaves) -> Leaves:
         return tuple(tree.flatten(product(params, unflatten(v), *samples.alone(row)))[0])
@@ -141,8 +148,10 @@ def per_sample_hessian_operator(
             )
 
         compute = partial(_in_parts, of_some, samples, chunk_size)
-        forms = Forms(compute, tuple(leaves), differentiated_outside(params, batch))
-    return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, None)
+        outside = differentiated_outside(params, batch)
+        forms = Forms(compute, tuple(leaves), outside, data=samples.tensors)
+    sizes = chunk_size, memory_budget
+    return _operator(multiply, params, samples, sizes, state, mode, forms, None)
 
 
 def per_sample_ggn_operator(
@@ -315,14 +324,26 @@ def _gauss_newton(
     leaves, unflatten = tree.flatten(params)
     product = ggnvp(model_fn, loss_fn, mode=mode)
 
-    def outputs_of(some: tuple[Any, Any]) -> Leaves:
-        one = flat_model(model_fn, loss_fn, params, *some, where=where)
-        return one.outputs_at(forward=False, higher=False)(one.leaves)[0]
+    state = RandomState.now(leaves)
 
-    def loss_of(some: tuple[Any, Any]) -> Tensor:
-        return checked_value(loss_fn(model_fn(params, some[0]), some[1]), where)
+    def outputs_of(at: Leaves, some: tuple[Any, Any]) -> Leaves:
+        one = flat_model(model_fn, loss_fn, unflatten(at), *some, where=where)
+        return one.outputs_at(forward=False, higher=False)(tuple(at))[0]
 
-    random = _checked_outputs(outputs_of, loss_of, samples, tuple(leaves), where)
+    at = tuple(leaves)
+    whole = samples.restore(samples.tensors)
+    outputs, random = watched(lambda: outputs_of(at, whole), at, where)
+    for output in outputs:
+        if output.shape[:1] != (samples.count,):
+            problem = (
+                f"outputs need the leading axis of the {samples.count} samples, got shape "
+                f"{tuple(output.shape)}"
+            )
+            raise ArgumentError(message(where, problem))
+    if not in_transform():
+        refuse_dependent_outputs(outputs_of, at, samples, state, random, where)
+        if not random:
+            _refuse_dependent_loss(model_fn, loss_fn, params, samples, state, where)
 
     def multiply(v: Leaves, row: Leaves) -> Leaves:
         inputs, targets = samples.alone(row)
@@ -330,9 +351,9 @@ def _gauss_newton(
 
     outside = differentiated_outside(params, batch)
     forms = rows = None
-    if not outside and not in_transform():
-        space = partial(space_of_samples, model_fn, loss_fn, params, samples, where)
-        rows = Rows(space, tuple(leaves))
+    if not (outside or in_transform() or any(z.is_complex() for z in outputs)):
+        space = partial(space_of_samples, model_fn, loss_fn, params, samples, state, where)
+        rows = Rows(space, tuple(leaves), samples.tensors)
         if not random:
 
             def of_some(
@@ -343,72 +364,46 @@ def _gauss_newton(
                 return forms_of_samples(model, loss_fn, part, draws, count, groups)
 
             compute = partial(_in_parts, of_some, samples, chunk_size)
-            forms = Forms(compute, tuple(leaves), outside)
-    return _operator(multiply, params, samples, chunk_size, memory_budget, mode, forms, rows)
+            forms = Forms(compute, tuple(leaves), outside, data=samples.tensors)
+    sizes = chunk_size, memory_budget
+    return _operator(multiply, params, samples, sizes, state, mode, forms, rows)
 
 
-def _checked_losses(
-    losses: Callable[[slice], Tensor],
-    alone: Callable[[Leaves], Tensor],
+def _refuse_dependent_loss(
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
     samples: Samples,
-    leaves: Leaves,
+    state: RandomState,
     where: str,
-) -> tuple[bool, bool]:
-    """Return whether there is one loss a sample, and whether random numbers were drawn; refuse mixed samples."""
-    whole = slice(0, samples.count)
-    with out_of_inference_mode(), torch.no_grad():
-        value, random = watched_for_mixing(lambda: losses(whole), leaves, where)
-    batched = value.shape == (samples.count,)
-    if not batched and value.numel() != 1:
-        problem = (
-            f"the loss must be one number, or one for each of {samples.count} samples, got shape "
-            f"{tuple(value.shape)}"
+) -> None:
+    """Refuse a loss whose Hessian in the outputs of a batch is not that of its samples alone."""
+    some = samples.some(LOOKED_AT)
+    model = flat_model(model_fn, loss_fn, params, *some.restore(some.tensors), where=where)
+    with state.replayed(), out_of_inference_mode(), torch.no_grad():
+        smooth, others = model.outputs_at(forward=False, higher=False)(model.leaves)
+    generator = torch.Generator().manual_seed(7)
+    ways = [
+        torch.randn(z.shape, dtype=torch.float64, generator=generator).to(z.device, z.dtype)
+        for z in smooth
+    ]
+    parts = (smooth, ways, others, some.tensors)
+    ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
+    held = Samples(tuple(t for part in parts for t in part), tuple)
+
+    def loss_of(step: Leaves, tensors: Leaves) -> Tensor:
+        """Return the loss where the outputs of every sample are moved in a direction of its own."""
+        moved = tuple(
+            z + step[0].to(z) * way
+            for z, way in zip(tensors[: ends[0]], tensors[ends[0] : ends[1]], strict=True)
         )
-        raise ArgumentError(message(where, problem, "Sum what belongs to a sample"))
-    if not (random or in_transform()):
-        _compare(losses, _alone(alone, samples, leaves), leaves, where)
-    return batched, random
+        outputs = model.assembled(moved, tuple(tensors[ends[1] : ends[2]]))
+        return checked_value(loss_fn(outputs, some.restore(tensors[ends[2] :])[1]), where)
 
-
-def _compare(losses: Callable[[slice], Tensor], alone: Tensor, leaves: Leaves, where: str) -> None:
-    """Refuse samples that have other losses together than alone."""
-    with out_of_inference_mode(), torch.no_grad():
-        refuse_coupled_losses(
-            lambda part: evaluated_alone(lambda: losses(part), leaves), alone, where
-        )
-
-
-def _checked_outputs(
-    outputs_of: Callable[[Any], Leaves],
-    loss_of: Callable[[Any], Tensor],
-    samples: Samples,
-    leaves: Leaves,
-    where: str,
-) -> bool:
-    """Return whether random numbers were drawn; refuse mixed samples, in the model and in the loss."""
-    whole = samples.batch(slice(0, samples.count))
-    with out_of_inference_mode(), torch.no_grad():
-        outputs, random = watched_for_mixing(lambda: outputs_of(whole), leaves, where)
-    for output in outputs:
-        if output.shape[:1] != (samples.count,):
-            problem = (
-                f"outputs need the leading axis of the {samples.count} samples, got shape "
-                f"{tuple(output.shape)}"
-            )
-            raise ArgumentError(message(where, problem))
-    if random or in_transform():
-        return random
-
-    def alone(row: Leaves) -> tuple[Leaves, Tensor]:
-        one = samples.alone(row)
-        return outputs_of(one), evaluated_alone(lambda: loss_of(one), leaves).sum()
-
-    singles, losses = _alone(alone, samples, leaves)
-    if not all(agree(a, b.flatten(0, 1)) for a, b in zip(outputs, singles, strict=True)):
-        problem = f"{MIXED}: in the batch they have other outputs than alone"
-        raise ArgumentError(message(where, problem, "Take out what looks at other samples"))
-    _compare(lambda part: loss_of(samples.batch(part)), losses, leaves, where)
-    return random
+    step = torch.zeros_like(smooth[0].real.flatten()[0]) if smooth[0].numel() else None
+    if step is None:
+        return
+    refuse_dependent_losses(loss_of, (step,), held, state, False, where)
 
 
 def _in_parts(
@@ -428,29 +423,20 @@ def _in_parts(
     return torch.cat([sums for sums, _ in parts], 1), max(taken for _, taken in parts)
 
 
-def _alone(alone: Callable[[Leaves], Any], samples: Samples, leaves: Leaves) -> Any:
-    """Return what samples give alone, mapped over them."""
-    state = RandomState.now(leaves)
-    with state.replayed(), out_of_inference_mode(), torch.no_grad(), without_vmap_warnings():
-        return vmap(alone, randomness="same", chunk_size=_EVALUATED_AT_ONCE)(samples.tensors)
-
-
-_EVALUATED_AT_ONCE = 128
-
-
 def _operator(
     multiply: Callable[[Leaves, Leaves], Leaves],
     params: Tree,
     samples: Samples,
-    chunk_size: ChunkSize,
-    memory_budget: int | None,
+    sizes: tuple[ChunkSize, int | None],
+    state: RandomState,
     mode: str,
     forms: Forms | None,
     rows: Rows | None,
 ) -> PerSampleOperator:
     """Return the operator of `multiply(vector, tensors of one sample)`."""
     leaves, unflatten = tree.flatten(params)
-    state, versions = RandomState.now(leaves), Versions(leaves)
+    chunk_size, memory_budget = sizes
+    versions = Versions(leaves, samples.tensors)
     taken: dict[str, int] = {}
     entries = tree.numel(params)
 

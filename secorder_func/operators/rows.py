@@ -12,6 +12,7 @@ from secorder_func.operators.chunks import default_memory_budget
 from secorder_func.operators.versions import Versions
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.output_space import OutputSpace
+from secorder_func.transforms.policy import in_transform
 
 __all__ = ["Rows"]
 
@@ -29,13 +30,16 @@ class Rows:
         Makes the output space, when it is first asked for; None where there is none.
     leaves
         Of the parameters.
+    data
+        Further tensors that must not change in place.
     """
 
     make: Callable[[], OutputSpace | None]
     leaves: Leaves
+    data: Leaves = ()
 
     def __post_init__(self) -> None:
-        self._versions = Versions(self.leaves)
+        self._versions = Versions(self.leaves, self.data)
         self._asked = False
         self._space: OutputSpace | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
@@ -49,6 +53,8 @@ class Rows:
 
     def cheaper(self) -> bool:
         """Say whether there are fewer rows a sample than entries of the space."""
+        if in_transform():  # what samples are cannot be looked at there
+            return False
         space = self.space()
         entries = sum(leaf.numel() for leaf in self.leaves)
         return space is not None and space.hessians.shape[-1] < entries
@@ -60,24 +66,26 @@ class Rows:
 
     def traces(self, budget: int | None) -> Tensor:
         """Return the trace of every matrix, `(samples,)`."""
-        found = self.weights.new_zeros(len(self.weights))
+        wide = self.weights
+        found = wide.new_zeros(len(wide))
         for chunk, weights, rows in self.chunks(budget):
-            squares = [leaf.flatten(2).square().sum(2).to(weights) for leaf in rows]
+            squares = [_flat(leaf).to(wide).square().sum(2) for leaf in rows]
             found[chunk] += (weights * torch.stack(squares).sum(0)).sum(1)
         return found
 
     def diagonals(self, budget: int | None, *, summed: bool) -> Leaves:
         """Return the diagonal of every matrix, leaves `(samples, ...)`, or their sum."""
-        count = () if summed else (len(self.weights),)
-        found = [leaf.new_zeros(*count, *leaf.shape) for leaf in self.leaves]
+        wide = self.weights
+        count = () if summed else (len(wide),)
+        found = [wide.new_zeros((*count, *leaf.shape)) for leaf in self.leaves]
         for chunk, weights, rows in self.chunks(budget):
             for total, leaf in zip(found, rows, strict=True):
-                along = weights.to(leaf)
+                squares = leaf.to(wide).square()
                 if summed:
-                    total += torch.einsum("nr,nr...->...", along, leaf.square())
+                    total += torch.einsum("nr,nr...->...", weights, squares)
                 else:
-                    total[chunk] += torch.einsum("nr,nr...->n...", along, leaf.square())
-        return tuple(found)
+                    total[chunk] += torch.einsum("nr,nr...->n...", weights, squares)
+        return tuple(total.to(leaf) for total, leaf in zip(found, self.leaves, strict=True))
 
     def chunks(
         self, budget: int | None, *, whole: bool = False
@@ -96,7 +104,7 @@ class Rows:
             chunk = slice(start, min(start + together, samples))
             for first in range(0, outputs, step):
                 some = slice(first, min(first + step, outputs))
-                cotangents = vectors[chunk, :, some].transpose(1, 2)
+                cotangents = vectors[chunk, :, some].transpose(1, 2).to(self._space.hessians)
                 rows = self._space.pull(chunk, cotangents)
                 yield chunk, weights[chunk, some], tuple(leaf.detach() for leaf in rows)
 
@@ -105,6 +113,13 @@ class Rows:
             assert self._space is not None
             hessians = self._space.hessians.detach()
             work = torch.promote_types(hessians.dtype, torch.float32)
+            for leaf in self.leaves:
+                work = torch.promote_types(work, leaf.dtype)
             found = torch.linalg.eigh((hessians + hessians.mT).to(work) / 2)
-            self._eigen = found.eigenvalues.to(hessians), found.eigenvectors.to(hessians)
+            self._eigen = found.eigenvalues, found.eigenvectors
         return self._eigen
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Return `(samples, r, entries)`."""
+    return rows.reshape(*rows.shape[:2], rows.shape[2:].numel())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder_func.rules.levels import unwrapped
+from secorder_func.rules.levels import mapping, unwrapped
 from secorder_func.taylor.losses import reduced
 from secorder_func.taylor.registry import written
 
@@ -26,12 +26,17 @@ def _dropped(input: Tensor, p: float, train: bool, drop: Callable[[], Any]) -> A
 
 def _kept(input: Tensor, p: float) -> Tensor:
     """Return ones and zeros for the entries, in the order in which a plain evaluation draws them."""
+    if mapping():  # vmap knows whether what it maps shares them
+        return F.dropout(torch.ones_like(input), p, True).ne(0).to(input.dtype)
     return torch.empty_like(unwrapped(input), requires_grad=False).bernoulli_(1 - p)
 
 
 def _kept_channels(input: Tensor, p: float) -> Tensor:
     """Return a one or a zero for each channel of each sample, as torch draws them."""
     shape = (*input.shape[:2], *[1] * (input.ndim - 2))
+    if mapping():
+        ones = torch.ones_like(input).reshape(*input.shape[:2], -1)[..., :1].reshape(shape)
+        return F.dropout(ones, p, True).ne(0).to(input.dtype)
     plain = unwrapped(input)
     return torch.empty(shape, dtype=plain.dtype, device=plain.device).bernoulli_(1 - p)
 

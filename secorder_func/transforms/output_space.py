@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from secorder_func import tree
 from secorder_func.errors import ArgumentError
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import grad, vjp, vjp_aux, without_vmap_warnings
 from secorder_func.transforms.gauss_newton import FlatModel, flat_model
+from secorder_func.transforms.independence import outputs_alone, same_pullbacks
 from secorder_func.transforms.loss import Leaves
-from secorder_func.transforms.samples import Samples, agree
+from secorder_func.transforms.samples import Samples
 from secorder_func.typing import LossFn, ModelFn, Tree
 
 __all__ = ["OutputSpace", "space_of_batch", "space_of_samples"]
 
-_MOST_OUTPUTS = 2048
-_MOST_ENTRIES = 2**26
+_MOST_OUTPUTS = 1024
+_MOST_ENTRIES = 2**23
 _AT_ONCE = 64
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,18 @@ class _Alone:
 
 
 def space_of_samples(
-    model_fn: ModelFn, loss_fn: LossFn, params: Tree, samples: Samples, where: str
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
+    samples: Samples,
+    state: RandomState,
+    where: str,
 ) -> OutputSpace | None:
     """Return it for every sample and its own loss, None if there are too many outputs.
 
-    `samples` holds `(inputs, targets)`.
+    `samples` holds `(inputs, targets)`; random numbers are those of a state.
     """
     alone = _Alone(model_fn, loss_fn, params, samples, where)
-    state = RandomState.now(tree.flatten(params)[0])
     with _evaluating(state):
         outputs, others = _in_chunks(alone.outputs, samples.tensors)
 
@@ -105,25 +110,31 @@ def space_of_samples(
 
 
 def space_of_batch(
-    model: FlatModel, model_fn: ModelFn, loss_fn: LossFn, params: Tree, batch: tuple[Any, Any]
+    model: FlatModel,
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Tree,
+    batch: tuple[Any, Any],
+    state: RandomState,
 ) -> OutputSpace | None:
     """Return it for every sample of a batch if samples do not influence each other, else for the whole batch as one.
 
-    Then the matrices add up to that of the loss of the batch. None if there are too many outputs.
+    Then the matrices add up to that of the loss of the batch. None if there are too many outputs, or complex ones.
     """
-    state = RandomState.now(model.leaves)
     with _evaluating(state):
         outputs_of = model.outputs_at(forward=False, higher=False)
         outputs, pull, others = vjp_aux(outputs_of, model.leaves)
+        if any(z.is_complex() or not z.numel() for z in outputs):
+            return None
         total = model.loss_at(others, forward=False, higher=False)
-        space = _space_if_independent(
+        alone, samples = _if_independent(
             model, model_fn, loss_fn, params, batch, outputs, total, state
         )
-        if space is not None:
-            return space
-        hessians = _blocks(total, outputs, None)
+        hessians = _blocks(total, outputs, None if samples is None else samples.count)
     if hessians is None:
         return None
+    if samples is not None:
+        return OutputSpace(hessians, partial(_pulled, alone, samples, state))
 
     def pulled(chunk: slice, cotangents: Tensor) -> Leaves:
         found: Leaves = vmap(lambda c: pull(_split(c, outputs))[0])(cotangents[0])
@@ -132,7 +143,7 @@ def space_of_batch(
     return OutputSpace(hessians, pulled)
 
 
-def _space_if_independent(
+def _if_independent(
     model: FlatModel,
     model_fn: ModelFn,
     loss_fn: LossFn,
@@ -141,44 +152,52 @@ def _space_if_independent(
     outputs: Leaves,
     total: Callable[[Leaves], Tensor],
     state: RandomState,
-) -> OutputSpace | None:
-    """Return it sample by sample, None if outputs or the loss's Hessian say that samples depend on each other."""
+) -> tuple[Any, Samples | None]:
+    """Return the model on single samples, None where samples depend on each other in the model or in the loss."""
     try:
         samples = Samples.of(batch, model.where)
     except ArgumentError:
-        return None
+        return None, None
     if any(t.shape[:1] != (samples.count,) for t in outputs):
-        return None
+        return None, None
     alone = _Alone(model_fn, loss_fn, params, samples, model.where)
+
+    def outputs_of(at: Leaves, some: Any) -> Leaves:
+        one = flat_model(model_fn, loss_fn, model.unflatten(at), *some, where=model.where)
+        return one.outputs_at(forward=False, higher=False)(tuple(at))[0]
+
+    some = samples.some(_LOOKED_AT)
+    whole = some.restore(some.tensors)
     try:
-        found, _ = _in_chunks(alone.outputs, samples.tensors)
-    except RuntimeError:  # vmap cannot; together they can be
-        return None
-    if not all(agree(a, b.flatten(0, 1)) for a, b in zip(outputs, found, strict=True)):
-        return None
-    if not _acts_alone(total, outputs, samples.count):
-        return None
-    hessians = _blocks(total, outputs, samples.count)
-    if hessians is None:
-        return None
-    return OutputSpace(hessians, partial(_pulled, alone, samples, state))
+        same = same_pullbacks(
+            lambda at: outputs_of(at, whole), outputs_alone(outputs_of, some), model.leaves, state
+        )
+    except Exception:  # alone, or mapped, the model does not work: together it does
+        return None, None
+    independent = same and _acts_alone(total, outputs, samples.count)
+    return alone, samples if independent else None
 
 
 def _acts_alone(total: Callable[[Leaves], Tensor], outputs: Leaves, count: int) -> bool:
-    """Say whether the Hessian of a loss takes the outputs of some samples to theirs only."""
+    """Say whether the Hessian of a loss takes the outputs of every sample to that sample's only.
+
+    So it commutes with a random number for each sample.
+    """
     _, bend = vjp(grad(total), outputs)
     generator = torch.Generator().manual_seed(count)
-    half = torch.rand(count, generator=generator) < 0.5
-    for kept in (half, ~half):
-        vectors = tuple(
-            torch.randn(t.shape, generator=generator).to(t) * _along(kept, t) for t in outputs
-        )
-        (bent,) = bend(vectors)
-        inside = max(float((b * _along(kept, b)).abs().max()) for b in bent)
-        outside = max(float((b * _along(~kept, b)).abs().max()) for b in bent)
-        if outside > inside * torch.finfo(bent[0].dtype).eps:
-            return False
-    return True
+    numbers = torch.rand(count, dtype=torch.float64, generator=generator) + 0.5
+    vectors = tuple(
+        torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device, t.dtype)
+        for t in outputs
+    )
+
+    def scaled(tensors: Leaves) -> Leaves:
+        return tuple(_along(numbers, t).to(t) * t for t in tensors)
+
+    (before,), (after,) = bend(scaled(vectors)), bend(vectors)
+    size = max(float(t.abs().max()) for t in after)
+    apart = max(float((a - b).abs().max()) for a, b in zip(before, scaled(after), strict=True))
+    return apart <= 64 * torch.finfo(after[0].dtype).eps * size
 
 
 def _along(mask: Tensor, t: Tensor) -> Tensor:

@@ -293,9 +293,14 @@ def test_a_count_or_a_tolerance(name: str) -> None:
         estimate(op, 10, rtol=0.1)
     with pytest.raises(ValueError, match="exclude one another"):
         estimate(op, 10, max_matvecs=100)
-    for bad in (-0.1, "small", float("nan"), float("inf"), True):
-        with pytest.raises(TypeError, match="rtol must be a number from 0 on"):
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="rtol must be a number from 0 on"):
             estimate(op, rtol=bad)
+    for bad in ("small", True):
+        with pytest.raises(TypeError, match="rtol must be a real number"):
+            estimate(op, rtol=bad)
+    with pytest.raises(TypeError, match="atol must be a real number"):
+        estimate(op, rtol=0.1, atol=None)
     with pytest.raises(ValueError, match="num_matvecs must be at least 1, got 0"):
         estimate(op, 0)
     with pytest.raises(ValueError, match="max_matvecs must be at least 1, got 0"):
