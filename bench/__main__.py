@@ -25,7 +25,9 @@ QUESTIONS = (
     "forms",
     "trace_growth",
     "per_sample",
+    "per_sample_curvature",
     "ggn",
+    "estimators",
     "memory",
     "growth",
     "compile",
@@ -91,6 +93,8 @@ def _figures(record: dict[str, Any]) -> str:
     if "left_out" in record:
         return f"left out: {record['left_out']}"
     wrong = "" if record.get("right", True) else "   WRONG"
+    if "errors" in record:
+        return "errors " + " ".join(f"{error:8.2g}" for error in record["errors"])
     if "peak_mib" in record:
         inside = {None: "", True: ", inside", False: ", OUTSIDE"}[record.get("inside_budget")]
         budget = f" (adds {record['added_mib']:.1f}{inside})" if inside else ""

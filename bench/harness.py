@@ -84,12 +84,15 @@ class Candidate:
         Whether it is another package or what a user would write without one.
     read
         What the call returns -> what the check expects.
+    times
+        How many such calls the whole would take, where a part of it is timed.
     """
 
     name: str
     make: Callable[[Any], Run | Made]
     peer: bool = False
     read: Callable[[Any], Any] = leaves
+    times: int = 1
 
 
 def compare(
@@ -101,12 +104,13 @@ def compare(
     tolerance: float,
     seconds: float,
     per: int = 1,
+    beside: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure `candidates` beside `unit` for about `seconds`; return one record for each, the unit's first.
 
     `check` maps what a candidate returns to its relative error. One of ours above `tolerance` stops everything, as
     does one that raises; a peer's is recorded as not right, and timed all the same, or as left out with its error.
-    A call counts as `per` things: times are those of one.
+    A call counts as `per` things: times are those of one. Ratios are to every peer, and to the one `beside`.
     """
     runs: dict[str, Run] = {"gradient": unit}
     once = {"gradient": 0.0}
@@ -139,8 +143,9 @@ def compare(
         once[candidate.name] = first
 
     times = _interleaved(runs, once, seconds)
+    shares = {candidate.name: candidate.times / per for candidate in candidates}
     for name, measured in times.items():
-        times[name] = [t / (1 if name == "gradient" else per) for t in measured]
+        times[name] = [t * shares.get(name, 1) for t in measured]
     for name, measured in times.items():
         ratios = [t / g for t, g in zip(measured, times["gradient"], strict=True)]
         records[name]["milliseconds"] = _summary([1e3 * t for t in measured])
@@ -151,7 +156,7 @@ def compare(
                 statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
             )
             for peer in times
-            if records[peer]["peer"] and peer != name
+            if (records[peer]["peer"] or peer == beside) and peer != name
         }
     return list(records.values())
 

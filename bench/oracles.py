@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.problems import Problem
 
-__all__ = ["gauss_newton", "hessian", "hessian_rows", "trace"]
+__all__ = ["gauss_newton", "hessian", "hessian_rows", "sampled", "trace"]
 
 
 def _gradient(wide: Problem) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -45,6 +46,39 @@ def gauss_newton(given: Problem) -> list[Tensor]:
     (slope,) = torch.autograd.grad(wide.loss_fn(z, wide.targets), z, create_graph=True)
     (bent,) = torch.autograd.grad(slope, z, tangent)
     return list(torch.autograd.grad(output, params, bent))
+
+
+def sampled(given: Problem, task: str, vectors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the answer of a task of `bench.per_sample_curvature`, leaves with an axis of samples."""
+    one = _sampled_ggn if task.startswith("ggn") else _sampled_hessian
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        rows = [one(given.rows(i, i + 1), task, vectors) for i in range(given.inputs.shape[0])]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _sampled_hessian(
+    given: Problem, task: str, vectors: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    params, gradient = _gradient(given)
+    stacks = [torch.stack(column) for column in zip(*vectors, strict=True)]
+    products = torch.autograd.grad(gradient, params, stacks, is_grads_batched=True)
+    if task == "product":
+        return [leaf[0] for leaf in products]
+    joined = [(a * b).mean(0) for a, b in zip(products, stacks, strict=True)]
+    return joined if task == "diagonal" else [torch.stack([leaf.sum() for leaf in joined]).sum()]
+
+
+def _sampled_ggn(given: Problem, task: str, _: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    params = given.parameters
+    outputs = given.model(given.inputs)[0]
+    units = torch.eye(len(outputs), dtype=outputs.dtype)
+    rows = torch.autograd.grad(outputs, params, units, is_grads_batched=True)
+    share = outputs.detach().softmax(0)
+    curvature = share.diag() - torch.outer(share, share)
+    diagonal = [torch.einsum("c...,cd,d...->...", row, curvature, row) for row in rows]
+    if task == "ggn diagonal":
+        return diagonal
+    return [torch.stack([leaf.sum() for leaf in diagonal]).sum()]
 
 
 def trace(given: Problem, probes: int = 64) -> tuple[float, float, float]:

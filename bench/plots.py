@@ -11,9 +11,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, NullLocator
 
-__all__ = ["bars", "lines", "speedups"]
+__all__ = ["bars", "decays", "lines", "speedups"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
@@ -146,6 +146,68 @@ def lines(axes_of: Sequence[dict[str, Any]], path: Path) -> None:
                 if column == 0:
                     axis.set_ylabel(unit)
         _save(figure, path)
+
+
+def decays(problems: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw errors against products, traces above and the rest below, theory dashed, other packages by hollow marks."""
+    rows = (("trace", True), ("diagonal, norms", False))
+    with plt.rc_context(_STYLE):
+        size = (2.3 * len(problems) + 0.6, 5.6)
+        figure, axes = plt.subplots(
+            2, len(problems), figsize=size, squeeze=False, layout="constrained"
+        )
+        for row, (title, of_traces) in enumerate(rows):
+            lines: dict[str, Any] = {}
+            for axis, problem in zip(axes[row], problems, strict=True):
+                records = [r for r in problem["candidates"] if "errors" in r]
+                shown = [
+                    r for r in records if r.get("of", r["name"]).endswith("trace") == of_traces
+                ]
+                _decay(axis, problem["products"], shown, lines)
+                axis.set_title(f"{problem['name']}, {title}", fontsize=8)
+            axes[row, 0].set_ylabel("relative error")
+            axes[row, 0].legend(
+                lines.values(), lines.keys(), fontsize=6, frameon=False, loc="lower left"
+            )
+            low, high = axes[row, 0].get_ylim()
+            axes[row, 0].set_ylim(low * (low / high) ** 0.7, high)  # room for the legend
+        figure.supxlabel("products; dashed: theory; hollow: curvlinops", fontsize=8)
+        _save(figure, path)
+
+
+def _decay(
+    axis: Any, products: list[int], records: list[dict[str, Any]], lines: dict[str, Any]
+) -> None:
+    for record in records:
+        if record["peer"]:
+            i = list(lines).index(record["of"])
+            style: dict[str, Any] = {"linestyle": "none", "markersize": 6, "fillstyle": "none"}
+        else:
+            i = list(lines).index(record["name"]) if record["name"] in lines else len(lines)
+            style = {"markersize": 3, "linewidth": 1.2}
+        (line,) = axis.loglog(
+            products, record["errors"], color=_LINES[i], marker=_MARKERS[i], **style
+        )
+        if not record["peer"]:
+            lines.setdefault(record["name"], line)
+            _theory(axis, products, record, _LINES[i])
+    axis.set_xticks(products, [str(count) for count in products])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(color="0.9", linewidth=0.6)
+
+
+def _theory(axis: Any, products: list[int], record: dict[str, Any], color: str) -> None:
+    """Draw the rate of theory through the first error."""
+    rate = record["rate"]
+    if rate["theory"] is None:
+        return
+    first, begin = record["errors"][0], products[0]
+    if rate["kind"] == "factor":
+        fallen = [first * rate["theory"] ** (count - begin) for count in products]
+    else:
+        fallen = [first * (count / begin) ** rate["theory"] for count in products]
+    axis.loglog(products, fallen, color=color, linestyle="--", linewidth=0.8, alpha=0.7)
 
 
 def speedups(rows: Sequence[tuple[str, float]], path: Path, *, label: str) -> None:

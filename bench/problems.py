@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secorder_func import functional_loss
 
-__all__ = ["BIG", "PROBLEMS", "TIMED", "Problem", "problem", "problem_of"]
+__all__ = ["BIG", "PROBLEMS", "SAMPLED", "TIMED", "Problem", "problem", "problem_of"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,21 @@ class Residual(nn.Module):
         return self.act(y + self.around(x))
 
 
+class Encoder(nn.Module):
+    """PyTorch's encoder layer, with a classification of the mean over positions."""
+
+    def __init__(self, width: int, heads: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, heads, hidden, dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.layer(x).mean(1))
+        return scores
+
+
 def problem_of(
     name: str, description: str, model: nn.Module, inputs: Tensor, classes: int
 ) -> Problem:
@@ -248,6 +263,29 @@ def resnet() -> Problem:
     return problem_of("resnet", description, model.eval(), torch.randn(16, 3, 32, 32), 10)
 
 
+def samples_mlp() -> Problem:
+    model = nn.Sequential(
+        nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    )
+    return problem_of("samples_mlp", "MLP 32-64-64-10, tanh", model, torch.randn(256, 32), 10)
+
+
+def samples_cnn() -> Problem:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Tanh()),
+        *(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(256, 10)),
+    )
+    description = "CNN, 2 convolutions (8, 16 channels), tanh, images of 16 x 16"
+    return problem_of("samples_cnn", description, model, torch.randn(256, 3, 16, 16), 10)
+
+
+def samples_encoder() -> Problem:
+    model = Encoder(width=32, heads=4, hidden=64, classes=10)
+    description = "Transformer encoder layer of PyTorch, width 32, 4 heads, 12 positions"
+    return problem_of("samples_encoder", description, model, torch.randn(256, 12, 32), 10)
+
+
 def stack(width: int, depth: int, batch: int) -> Problem:
     """Return an MLP of `depth` equal hidden layers: what growth is measured on."""
     hidden = [module for _ in range(depth) for module in (nn.Linear(width, width), nn.Tanh())]
@@ -268,8 +306,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "resnet": resnet,
     "gpt_tiny": gpt_tiny,
     "gpt": gpt,
+    "samples_mlp": samples_mlp,
+    "samples_cnn": samples_cnn,
+    "samples_encoder": samples_encoder,
 }
-TIMED = tuple(name for name in PROBLEMS if name not in ("small", "deep_tanh", "deep_relu"))
+SAMPLED = ("samples_mlp", "samples_cnn", "samples_encoder")
+"""Those of the curvature of every sample: small models, 256 samples."""
+TIMED = tuple(
+    name for name in PROBLEMS if name not in ("small", "deep_tanh", "deep_relu", *SAMPLED)
+)
 """Those that products are timed on; the others are for the drop-in and for memory."""
 BIG = ("cnn", "resnet", "gpt_tiny", "gpt")
 """Those of which one gradient takes 10 ms or more."""

@@ -122,6 +122,79 @@ def _memory(result: Result, _: Section) -> list[str]:
     return [*lines, *tables.left_out(problems), *_notes(result)]
 
 
+def _per_sample_curvature(result: Result, _: Section) -> list[str]:
+    problems = result["problems"]
+    models = list(dict.fromkeys(p["name"] for p in problems))
+    tasks = list(dict.fromkeys(p["task"] for p in problems))
+    by = {(p["name"], p["task"]): p for p in problems}
+    lines = []
+    for name in models:
+        p = by[name, tasks[0]]
+        ms = p["candidates"][0]["milliseconds"]["median"]
+        text = f"{p['description']}; {p['parameters']:,} parameters; a gradient takes {ms:.3g} ms"
+        lines.append(f"- **{name}**: {text}")
+    lines += ["", "How many times as long the faster of the loops takes:", ""]
+    lines += ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    for task in tasks:
+        cells = [f"{by[name, task]['fold']:.3g}" for name in models]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    for task in tasks:
+        some = [by[name, task] for name in models]
+        lines += [
+            "",
+            f"{task[0].upper()}{task[1:]}, in gradients of the batch; less is better.",
+            "",
+        ]
+        lines += [*tables.table(some, tables.in_gradients), "", *tables.left_out(some)]
+    right = [r for p in problems for r in p["candidates"] if r.get("right")]
+    errors = max(r["relative_error"] for r in right), max(p["float64_error"] for p in problems)
+    lines += [
+        "",
+        "Largest relative error of what is right: {:.1g}; of ours in float64: {:.1g}.".format(
+            *errors
+        ),
+    ]
+    return [*lines, "", *_notes(result)]
+
+
+def _estimators(result: Result, _: Section) -> list[str]:
+    problems = result["problems"]
+    lines = ["| | eigenvalues | size | products |", "|---|---|---|---|"]
+    for p in problems:
+        counts = " · ".join(map(str, p["products"]))
+        lines.append(f"| {p['name']} | {p['description']} | {p['parameters']} | {counts} |")
+
+    def ours(record: dict[str, Any]) -> bool:
+        return not record["peer"]
+
+    def stated(record: dict[str, Any]) -> str:
+        pairs = zip(record["standard_errors"], record["errors"], strict=True)
+        return " · ".join(f"{said / true:.2f}" for said, true in pairs)
+
+    adaptive = "Products to {:.0%} (median); share of the runs that are as near, and of 95 % intervals that hold:"
+    parts: list[tuple[str, list[str]]] = [
+        (
+            f"Relative error over {problems[0]['seeds']} seeds, with as many products as above:",
+            tables.table(problems, tables.series("errors"), names=lambda r: True),
+        ),
+        ("Stated standard error over the error:", tables.table(problems, stated, names=ours)),
+        (
+            "Share of 95 % intervals that hold the truth:",
+            tables.table(problems, tables.series("coverage", ".0%"), names=ours),
+        ),
+        (
+            "How the error falls: power of the number of products, or factor a product, and theory's:",
+            tables.table(problems, tables.rate, names=ours),
+        ),
+        *(
+            (adaptive.format(rtol), tables.table(problems, tables.to_tolerance(rtol), names=ours))
+            for rtol in [a["rtol"] for a in problems[0]["candidates"][0]["adaptive"]]
+        ),
+    ]
+    lines += ["", *(line for title, rows in parts for line in (title, "", *rows, ""))]
+    return [*lines, *tables.left_out(problems), *_notes(result)]
+
+
 def _growth(result: Result, _: Section) -> list[str]:
     lines = ["Fitted exponents:", "", *tables.exponents(result["axes"], "time"), ""]
     if any(axis["memory"] for axis in result["axes"]):
@@ -144,9 +217,11 @@ SECTIONS = (
     Section("forms", "Forms without products", body=_forms),
     Section("trace_growth", "Growth of a trace", body=_trace_growth),
     Section("per_sample", "A product for every sample", "loop of torch-secorder exact_hvp"),
+    Section("per_sample_curvature", "Curvature of every sample", body=_per_sample_curvature),
     Section("ggn", "One Gauss-Newton product", "curvlinops GGN @ v, made before"),
     Section("memory", "Memory", body=_memory),
     Section("growth", "Growth", body=_growth),
+    Section("estimators", "Errors of the estimators", body=_estimators),
     Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
     Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
 )
@@ -175,6 +250,11 @@ def _draw(section: Section, result: Result, path: Path) -> None:
     if section.name == "trace_growth":
         timed = [p for p in problems if "gradients" in p["candidates"][-1]]
         plots.bars(timed, path, key="gradients", label="gradients; less is better")
+    elif section.name == "estimators":
+        plots.decays(problems, path)
+    elif section.name == "per_sample_curvature":
+        rows = [(f"{p['task']}, {p['name']}", p["fold"]) for p in problems]
+        plots.speedups(rows, path, label="times as fast as the faster loop over samples")
     elif section.name == "growth":
         plots.lines(result["axes"], path)
     elif section.name == "drop_in":
@@ -196,7 +276,7 @@ def _problems(results: list[Result]) -> str:
     times: dict[str, float] = {}
     for result in results:
         for p in result["problems"]:
-            if "axis" in p or "problem" in p or "samples" in p:
+            if {"axis", "problem", "samples", "seeds"} & p.keys():
                 continue
             described.setdefault(p["name"], f"{p['description']}; {p['parameters']:,} parameters")
             if "milliseconds" in p["candidates"][0]:

@@ -14,8 +14,11 @@ __all__ = [
     "in_mib",
     "left_out",
     "named",
+    "rate",
+    "series",
     "speed",
     "table",
+    "to_tolerance",
 ]
 
 Problem = dict[str, Any]
@@ -86,6 +89,32 @@ def fact(name: str, form: str = ".3g") -> Callable[[Record], str]:
         if isinstance(value, bool):
             return "yes" if value else "no"
         return "-" if value is None else f"{value:{form}}"
+
+    return cell
+
+
+def series(key: str, form: str = ".2g") -> Callable[[Record], str]:
+    """Return the cell of the numbers of a record, one for every count of products."""
+    return lambda record: " · ".join(f"{value:{form}}" for value in record[key])
+
+
+def rate(record: Record) -> str:
+    """Return how an error falls, with what theory has for it."""
+    found, theory = record["rate"]["found"], record["rate"]["theory"]
+    if record["rate"]["kind"] == "factor":
+        return f"{found:.3f} a product ({theory:.3f})"
+    return f"{found:.2f}" if theory is None else f"{found:.2f} ({theory:g})"
+
+
+def to_tolerance(rtol: float) -> Callable[[Record], str]:
+    """Return the cell of what runs to a tolerance spent, and how often they were right."""
+
+    def cell(record: Record) -> str:
+        found = next(a for a in record["adaptive"] if a["rtol"] == rtol)
+        if not found["converged"]:
+            return f"not within {found['products']:,}"
+        part = "" if found["converged"] == 1 else f"{found['converged']:.0%} stopped; "
+        return f"{part}{found['products']:,}; {found['within']:.0%}, {found['coverage']:.0%}"
 
     return cell
 
