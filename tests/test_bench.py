@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import growth, oracles, report
-from bench.harness import Candidate, UnavailableError, compare, gradient, relative_error, write
-from bench.problems import Problem, problem
+from bench import estimators, growth, oracles, per_sample_curvature, report, sampled_peers
+from bench.harness import (
+    Candidate,
+    UnavailableError,
+    compare,
+    gradient,
+    leaves,
+    relative_error,
+    write,
+)
+from bench.problems import SAMPLED, Problem, problem
+from bench.products import columns
+from bench.spectra import Spectrum, spectra
+from secorder_func import Estimate, hutchinson_trace
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +90,26 @@ def test_a_peer_that_cannot_is_left_out_with_its_reason(tiny: Problem) -> None:
     assert set(records["gradient"]["relative_to_peers"]) == {"same"}
 
 
+def test_a_part_that_is_timed_counts_as_often_as_the_whole_takes_it(tiny: Problem) -> None:
+    whole, part = Candidate("whole", gradient), Candidate("part", gradient, times=1000)
+    records = measured(tiny, whole, part)
+    ratio = records["part"]["gradients"]["median"] / records["whole"]["gradients"]["median"]
+    assert 100 < ratio < 10_000
+
+
+def test_one_of_ours_can_be_what_the_others_are_compared_with(tiny: Problem) -> None:
+    records = compare(
+        tiny,
+        gradient(tiny),
+        [Candidate("a", gradient), Candidate("b", gradient)],
+        lambda result: 0.0,
+        tolerance=1.0,
+        seconds=0.01,
+        beside="b",
+    )
+    assert [set(record["relative_to_peers"]) for record in records] == [{"b"}, {"b"}, set()]
+
+
 def test_a_result_that_cannot_be_written_leaves_the_one_of_before(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write(path, {"a": 1})
@@ -120,6 +152,88 @@ def test_the_exponent_of_a_power_is_its_exponent() -> None:
     assert growth.exponent(xs, [0.0, 1.0, 2.0]) is None
 
 
+# --------------------------------------------------------------------- curvature of every sample
+
+
+def _few(name: str) -> Problem:
+    return problem(name).rows(0, 3).double()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_reference_of_every_sample_is_that_of_its_matrix(name: str) -> None:
+    p = _few(name)
+    vectors = [list(p.vector)]
+    diagonal = oracles.sampled(p, "ggn diagonal", vectors)
+    (trace,) = oracles.sampled(p, "ggn trace", vectors)
+    torch.testing.assert_close(trace, torch.stack([d.flatten(1).sum(1) for d in diagonal]).sum(0))
+    product = oracles.sampled(p, "product", vectors)
+    (form,) = oracles.sampled(p, "trace", vectors)
+    dots = [(a * b).flatten(1).sum(1) for a, b in zip(product, p.vector, strict=True)]
+    torch.testing.assert_close(form, torch.stack(dots).sum(0))
+
+
+@pytest.mark.parametrize("task", per_sample_curvature.TASKS)
+@pytest.mark.parametrize("name", SAMPLED)
+def test_every_way_to_the_curvature_of_samples_has_its_answer(name: str, task: str) -> None:
+    p = _few(name)
+    vectors = per_sample_curvature.vectors_of(p, task)
+    truth = oracles.sampled(p, task, vectors)
+    for run in (
+        per_sample_curvature.all_samples(p, task),
+        per_sample_curvature.one_by_one(p, task, 3),
+        sampled_peers.loop(p, task, vectors, 3),
+        sampled_peers.mapped(p, task, vectors),
+    ):
+        assert relative_error(columns(leaves(run()), len(truth)), truth) < 1e-10
+
+
+# ---------------------------------------------------------------------------------- estimators
+
+
+def _exponential() -> Spectrum:
+    return next(s for s in spectra() if s.name == "exponential")
+
+
+@pytest.mark.parametrize("spectrum", spectra(), ids=lambda s: s.name)
+def test_a_matrix_has_the_eigenvalues_that_are_said(spectrum: Spectrum) -> None:
+    found = torch.linalg.eigvalsh(spectrum.matrix())
+    torch.testing.assert_close(found, spectrum.eigenvalues.sort().values)
+
+
+def test_the_rate_of_an_error_is_its_power_or_its_factor() -> None:
+    flat, exponential = spectra()[0], _exponential()
+    hutchinson, _, xtrace, *_ = estimators.ESTIMATORS
+    counts = [10, 20, 40]
+    slope = estimators.rate_of(flat, hutchinson, counts, [3 * c**-0.5 for c in counts])
+    assert slope == {"kind": "slope", "found": -0.5, "theory": -0.5}
+    factor = estimators.rate_of(exponential, xtrace, counts, [3 * 0.9**c for c in counts])
+    assert factor == {"kind": "factor", "found": 0.9, "theory": 0.8367}
+
+
+def _sure_of_itself(*args: Any, **options: Any) -> Estimate:
+    found = hutchinson_trace(*args, **options)
+    return replace(found, standard_error=found.standard_error / 3)
+
+
+def test_intervals_that_hold_too_seldom_stop_the_run() -> None:
+    estimator = estimators.Estimator(_sure_of_itself, torch.trace)
+    spectrum = _exponential()
+    with pytest.raises(AssertionError, match="_sure_of_itself on exponential, 24: 95 % intervals"):
+        estimators.measured(spectrum, estimator, spectrum.matrix(), range(100))
+
+
+def _shifted(*args: Any, **options: Any) -> Estimate:
+    found = hutchinson_trace(*args, **options)
+    return replace(found, value=found.value + 1)
+
+
+def test_a_biased_estimator_stops_the_run() -> None:
+    estimator = estimators.Estimator(_shifted, torch.trace)
+    spectrum = _exponential()
+    with pytest.raises(AssertionError, match="spreads from the truth"):
+        estimators.measured(spectrum, estimator, spectrum.matrix(), range(20))
+
+
 def _answer(tiny: Problem) -> dict[str, Any]:
     records = measured(
         tiny,
@@ -153,6 +267,44 @@ def test_the_page_says_what_was_wrong_and_what_was_left_out(tiny: Problem, tmp_p
     assert "- absent on tiny: other is not installed" in text
     assert "| torch-secorder exact_hvp (other) | 1.00 |" in text
     assert "(images/single_product.svg)" in text
+
+
+def _estimators_answer(tiny: Problem) -> dict[str, Any]:
+    spectrum = _exponential()
+    hutchinson = estimators.Estimator(hutchinson_trace, torch.trace, "no_such_function")
+    records = estimators.measured(spectrum, hutchinson, spectrum.matrix(), range(12))
+    entry = {
+        "name": "exponential",
+        "description": "0.7^i",
+        "parameters": 80,
+        "seeds": 12,
+        "products": spectrum.counts,
+    }
+    return {**_answer(tiny), "problems": [{**entry, "candidates": records}]}
+
+
+def test_the_page_says_how_errors_fall(tiny: Problem, tmp_path: Path) -> None:
+    write(tmp_path / "estimators.json", _estimators_answer(tiny))
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "Share of 95 % intervals that hold the truth:" in text
+    assert "not within 4,096" in text
+    assert "- curvlinops no_such_function on exponential: curvlinops is not installed" in text
+    assert "- **exponential**" not in text  # it is no model
+    assert (tmp_path / "estimators.svg").exists()
+
+
+def test_the_page_says_how_many_times_as_long_a_loop_takes(tiny: Problem, tmp_path: Path) -> None:
+    answer = _answer(tiny)
+    facts = {"samples": 32, "task": "product", "float64_error": 1e-15, "fold": 4}
+    answer["problems"][0] |= facts
+    answer["problems"][0]["candidates"][1]["relative_to_peers"] = {"loop": 0.25, "vmap": 2}
+    write(tmp_path / "per_sample_curvature.json", answer)
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "| product | 4 |" in text
+    assert "of ours in float64: 1e-15" in text
+    assert (tmp_path / "per_sample_curvature.svg").exists()
 
 
 def test_a_figure_is_the_same_for_the_same_numbers(tiny: Problem, tmp_path: Path) -> None:

@@ -470,12 +470,19 @@ def _operator(
         return tree.map(lambda *parts: torch.cat(parts, 0 if own else 1), *found)
 
     def shared(work: Callable[[Leaves, Leaves], Any]) -> Callable[[Tree], Any]:
-        mapped = vmap(work, in_dims=(None, 0), randomness="same")
-        mapped = vmap(mapped, in_dims=(0, None), randomness="same")
+        one = vmap(work, in_dims=(None, 0), randomness="same")
+        mapped = vmap(one, in_dims=(0, None), randomness="same")
+
+        def single(given: Leaves, row: Leaves) -> Any:
+            """Take the only vector, for which another level of vmap would double the time."""
+            found = one(tuple(t[0] for t in given), row)
+            return tree.map(lambda t: t.unsqueeze(0), found)
 
         def apply(vectors: Tree) -> Any:
             given = tuple(tree.flatten(without_inference_tensors(vectors))[0])
-            return over_samples(mapped, given, samples, given[0].shape[0], own=False)
+            count = given[0].shape[0]
+            together = single if count == 1 else mapped
+            return over_samples(together, given, samples, count, own=False)
 
         return apply
 

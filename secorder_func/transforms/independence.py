@@ -241,10 +241,14 @@ def agree(batch: Tensor, alone: Tensor) -> bool:
 
 def _measured(f: Callable[[Leaves], Tensor], leaves: Leaves, direction: Leaves) -> Tensor:
     """Return value, slope and curvature of a scalar function along a direction."""
-    value = evaluated(lambda rules: f(leaves), forward=False, higher=False, protect=leaves)
-    product, gradient = hvp_and_grad(lambda at: f(tuple(at)))(leaves, direction)
+
+    def with_value(at: Leaves) -> Any:
+        value = f(tuple(at))
+        return value, value.detach()
+
+    (product, gradient), value = hvp_and_grad(with_value, has_aux=True)(leaves, direction)
     slope, curvature = tree.dot(direction, gradient), tree.dot(direction, product)
-    return torch.stack([value.detach().to(slope), slope, curvature.to(slope)])
+    return torch.stack([value.reshape(()).to(slope), slope, curvature.to(slope)])
 
 
 def _near(found: Tensor, expected: Tensor, scale: Tensor, eps: float) -> bool:
