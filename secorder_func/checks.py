@@ -11,7 +11,14 @@ from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.typing import Tree
 
-__all__ = ["check_callable", "check_count", "check_like", "check_number", "check_params", "check_positive"]
+__all__ = [
+    "check_callable",
+    "check_count",
+    "check_like",
+    "check_number",
+    "check_params",
+    "check_positive",
+]
 
 
 def check_callable(function: Any, where: str, *, name: str = "f", mend: str = "") -> None:

@@ -1,6 +1,7 @@
 """Numbers from operators: algorithms that know products and trees, and nothing of losses or derivatives."""
 
 from secorder_func.algorithms import probes
+from secorder_func.algorithms.cg import cg
 from secorder_func.algorithms.density import SpectralDensity, spectral_density
 from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal, xdiag
 from secorder_func.algorithms.directions import filter_normalized, random_direction
@@ -11,10 +12,16 @@ from secorder_func.algorithms.laplacian import hutchinson_laplacian
 from secorder_func.algorithms.layers import LayerCurvature, layer_curvature
 from secorder_func.algorithms.low_rank_trace import hutchpp_trace, xnystrace, xtrace
 from secorder_func.algorithms.matrix_function import matrix_function
+from secorder_func.algorithms.minres import minres
 from secorder_func.algorithms.norms import (
     hutchinson_squared_frobenius_norm,
     hutchinson_squared_row_norms,
 )
+from secorder_func.algorithms.preconditioners import (
+    diagonal_preconditioner,
+    nystrom_preconditioner,
+)
+from secorder_func.algorithms.solution import Solution
 from secorder_func.algorithms.top_eigenpairs import top_eigenpairs
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
@@ -22,7 +29,10 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "LayerCurvature",
+    "Solution",
     "SpectralDensity",
+    "cg",
+    "diagonal_preconditioner",
     "eigsh",
     "exact_diagonal",
     "exact_trace",
@@ -35,6 +45,8 @@ __all__ = [
     "hutchpp_trace",
     "layer_curvature",
     "matrix_function",
+    "minres",
+    "nystrom_preconditioner",
     "probes",
     "random_direction",
     "spectral_density",

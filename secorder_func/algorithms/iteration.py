@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from secorder_func.algorithms.linear_system import LinearSystem
 
 __all__ = ["Direction", "End", "Iteration", "run"]
 
-LOOK_EVERY = 8
-"""Steps between looks at who has ended, where a look waits for the device; on a CPU it does not."""
+_LOOK_EVERY = 8
 
-Direction = tuple[Tensor, float]
+Direction: TypeAlias = tuple[Tensor, float]
 """A direction of curvature that is not positive, `(n,)`, and the curvature."""
 
 
@@ -55,6 +55,7 @@ class Iteration:
         self.x = torch.zeros_like(r)
         self.goal = goal
         self.end = torch.zeros(len(r), dtype=torch.int8, device=r.device)
+        self._products = torch.empty_like(r)
 
     def step(self) -> None:
         """Take one step, one product a row."""
@@ -66,7 +67,11 @@ class Iteration:
 
     def mark(self, condition: Tensor, end: End) -> None:
         """Note why rows end that have not ended before."""
-        self.end = torch.where((self.end == 0) & condition, int(end), self.end)
+        self.end.masked_fill_(condition & (self.end == 0), int(end))
+
+    def dots(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the inner products of rows, `(k,)`; summed pairwise, which `torch.dot` does not."""
+        return torch.mul(x, y, out=self._products).sum(1)
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
@@ -87,7 +92,7 @@ def run(iteration: Iteration, steps: int) -> tuple[Tensor, list[End], dict[int, 
     positive, by row, and the number of steps.
     """
     count = len(iteration.goal)
-    period = 1 if iteration.x.device.type == "cpu" else LOOK_EVERY
+    period = _steps_between_looks(iteration.x.device)
     rows = list(range(count))  # those of the iteration
     order: list[int] = []
     parts: list[Tensor] = []
@@ -118,3 +123,8 @@ def run(iteration: Iteration, steps: int) -> tuple[Tensor, list[End], dict[int, 
         return parts[0], ends, directions, taken
     places = torch.tensor(order, device=iteration.x.device).argsort()
     return torch.cat(parts)[places], ends, directions, taken
+
+
+def _steps_between_looks(device: torch.device) -> int:
+    """Return after how many steps to look at who has ended: a look waits for a device that works by itself."""
+    return 1 if device.type == "cpu" else _LOOK_EVERY
