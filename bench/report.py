@@ -133,23 +133,19 @@ def _per_sample_curvature(result: Result, _: Section) -> list[str]:
         ms = p["candidates"][0]["milliseconds"]["median"]
         text = f"{p['description']}; {p['parameters']:,} parameters; a gradient takes {ms:.3g} ms"
         lines.append(f"- **{name}**: {text}")
-    lines += ["", "How many times as long the faster of the loops takes:", ""]
+    lines += ["", "How many times as long loops take, of our operators and of plain PyTorch:", ""]
     lines += ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
     for task in tasks:
-        cells = [f"{by[name, task]['fold']:.3g}" for name in models]
+        cells = [tables.loops(by[name, task]) for name in models]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     for task in tasks:
         some = [by[name, task] for name in models]
-        lines += [
-            "",
-            f"{task[0].upper()}{task[1:]}, in gradients of the batch; less is better.",
-            "",
-        ]
-        lines += [*tables.table(some, tables.in_gradients), "", *tables.left_out(some)]
+        lines += ["", f"`{task}`, in gradients of the batch; less is better.", ""]
+        lines += tables.table(some, tables.in_gradients)
+    lines += ["", *tables.left_out(problems)]
     right = [r for p in problems for r in p["candidates"] if r.get("right")]
     errors = max(r["relative_error"] for r in right), max(p["float64_error"] for p in problems)
     lines += [
-        "",
         "Largest relative error of what is right: {:.1g}; of ours in float64: {:.1g}.".format(
             *errors
         ),

@@ -13,6 +13,7 @@ __all__ = [
     "in_gradients",
     "in_mib",
     "left_out",
+    "loops",
     "named",
     "rate",
     "series",
@@ -127,8 +128,16 @@ def left_out(problems: list[Problem]) -> list[str]:
             if "left_out" in record:
                 key = record["name"], record["left_out"]
                 reasons.setdefault(key, []).append(problem["name"])
-    found = [f"- {name} on {', '.join(on)}: {why}" for (name, why), on in reasons.items()]
+    found = [
+        f"- {name} on {', '.join(dict.fromkeys(on))}: {why}" for (name, why), on in reasons.items()
+    ]
     return ["Left out:", "", *found, ""] if found else []
+
+
+def loops(problem: Problem) -> str:
+    """Return how many times as long as the first candidate every loop takes."""
+    ratios = problem["candidates"][1]["relative_to_peers"]
+    return " · ".join(f"{1 / r:.3g}" for name, r in ratios.items() if name.startswith("loop"))
 
 
 def exponents(axes: list[dict[str, Any]], kind: str) -> list[str]:

@@ -138,10 +138,10 @@ def left_out(triangle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     tuple
-        In float64: the projector onto the span of the columns of `R`, `(k, k)`: where these depend on each other, the basis has
-        more directions, which come from rounding and mean nothing. The rank. And the lost directions, `(k, k)`: column
-        `i` is the unit vector in the span orthogonal to all columns of `R` but column `i`; zero where column `i`
-        depends on the others.
+        In float64: the projector onto the span of the columns of `R`, `(k, k)`: where these depend on each other, the
+        basis has more directions, which come from rounding and mean nothing. The rank. And the lost directions,
+        `(k, k)`: column `i` is the unit vector in the span orthogonal to all columns of `R` but column `i`; zero where
+        column `i` depends on the others.
     """
     left, values, right = torch.linalg.svd(wide(triangle))
     floor = torch.finfo(triangle.dtype).eps * len(values) * values[:1]
