@@ -37,7 +37,8 @@ class Moments:
         if state is not None:
             sampling.require_same(state)
             self.count = state["count"]
-            self._mean, self._spread = state["mean"], state["spread"]
+            self._mean = state["mean"]
+            self._spread = [leaf.clone() for leaf in state["spread"]]
             leaves, self._unflatten = tree.flatten(sampling.op.like)
             self._dtypes = [leaf.dtype for leaf in leaves]
 
@@ -49,9 +50,12 @@ class Moments:
         def moments(vectors: Tree, rows: slice) -> tuple[int, list[Tensor], list[Tensor]]:
             samples, self._unflatten = tree.flatten(self._value(vectors))
             self._dtypes = [x.dtype for x in samples]
+            count = rows.stop - rows.start
+            if count == 1:  # no spread of its own, and no pass to find that out
+                return 1, [wide(x[0]) for x in samples], []
             means = [wide(x).mean(0) for x in samples]
             apart = [wide(x) - mean for x, mean in zip(samples, means, strict=True)]
-            return rows.stop - rows.start, means, [a.square().sum(0) for a in apart]
+            return count, means, [a.detach().square().sum(0) for a in apart]
 
         chunks = self._sampling.chunks
         probes = partial(self._sampling.probes, self.count)
@@ -62,19 +66,23 @@ class Moments:
         done, both = self.count, self.count + count
         self.count = both
         if not done:
-            self._mean, self._spread = mean, spread
+            self._mean = mean
+            self._spread = spread or [torch.zeros_like(leaf) for leaf in mean]
             return
         apart = [new - old for new, old in zip(mean, self._mean, strict=True)]
-        self._mean = [old + a * (count / both) for old, a in zip(self._mean, apart, strict=True)]
-        between = [a.square() * (done * count / both) for a in apart]
-        self._spread = [
-            sum(parts[1:], parts[0]) for parts in zip(self._spread, spread, between, strict=True)
+        self._mean = [
+            torch.add(old, a, alpha=count / both) for old, a in zip(self._mean, apart, strict=True)
         ]
+        for total, own in zip(self._spread, spread, strict=False):
+            total.add_(own)
+        for total, a in zip(self._spread, apart, strict=True):
+            between = a.detach()
+            total.addcmul_(between, between, value=done * count / both)
 
     def estimate(self, total: int) -> Estimate:
         """Return the mean and its standard error."""
         errors = [
-            leaf.detach().sqrt() / math.sqrt(total * (total - 1))
+            leaf.sqrt() / math.sqrt(total * (total - 1))
             if total > 1
             else torch.full_like(leaf, math.inf)
             for leaf in self._spread
@@ -91,5 +99,5 @@ class Moments:
             **self._sampling.state(),
             "count": self.count,
             "mean": [leaf.detach() for leaf in self._mean],
-            "spread": [leaf.detach() for leaf in self._spread],
+            "spread": [leaf.clone() for leaf in self._spread],
         }
