@@ -51,11 +51,10 @@ class Moments:
             samples, self._unflatten = tree.flatten(self._value(vectors))
             self._dtypes = [x.dtype for x in samples]
             count = rows.stop - rows.start
-            if count == 1:  # no spread of its own, and no pass to find that out
+            if count == 1 and self.count:  # by the first, which is one, the memory is counted
                 return 1, [wide(x[0]) for x in samples], []
-            means = [wide(x).mean(0) for x in samples]
-            apart = [wide(x) - mean for x, mean in zip(samples, means, strict=True)]
-            return count, means, [a.detach().square().sum(0) for a in apart]
+            both = [_moments(x) for x in samples]
+            return count, [mean for mean, _ in both], [spread for _, spread in both]
 
         chunks = self._sampling.chunks
         probes = partial(self._sampling.probes, self.count)
@@ -101,3 +100,10 @@ class Moments:
             "mean": [leaf.detach() for leaf in self._mean],
             "spread": [leaf.clone() for leaf in self._spread],
         }
+
+
+def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean along the first axis, and the sum of squared deviations from it."""
+    values = wide(samples)
+    mean = values.mean(0)
+    return mean, (values - mean).detach().square().sum(0)
