@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,27 @@ from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.krylov_spaces import krylov_spaces
 from secorder_func.algorithms.probes import draw_seed, sphere
-from secorder_func.checks import check_callable, check_count, check_number
-from secorder_func.errors import ArgumentError, message
+from secorder_func.checks import check_callable, check_count, check_positive
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_memory_budget
 from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.outside import refuse_transforms
 
-__all__ = ["SpectralDensity", "spectral_density"]
+__all__ = ["Function", "SpectralDensity", "applied", "spectral_density"]
 
 Function = Callable[[Tensor], Tensor]
+
+
+def applied(f: Function, values: Tensor, where: str) -> Tensor:
+    """Return `f` at these numbers; refuse one that does not act on each of them."""
+    found: Any = f(values.clone())
+    if not isinstance(found, Tensor) or found.shape != values.shape or found.is_complex():
+        given = f"{tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else repr(found)
+        problem = f"f must give a real number for each of {tuple(values.shape)}, got {given}"
+        raise ArgumentTypeError(message(where, problem))
+    numbers: Tensor = found.to(values)
+    return numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +50,8 @@ class SpectralDensity:
         How many eigenvalues there are, `n`.
     num_matvecs
         How many products were spent.
+    resolution
+        Eigenvalues nearer to each other than this, some roundings of the largest, are one.
 
     Examples
     --------
@@ -52,6 +67,7 @@ class SpectralDensity:
     weights: Tensor
     dimension: int
     num_matvecs: int
+    resolution: float = 0.0
 
     def mean_of(self, f: Function) -> Estimate:
         """Return the mean of `f` over the eigenvalues; `f` acts on each entry of a float64 tensor.
@@ -59,21 +75,26 @@ class SpectralDensity:
         The standard error is that of the random vectors; the quadrature is exact for polynomials of degree
         `2 steps - 1`.
         """
-        check_callable(f, "SpectralDensity.mean_of")
-        values = f(self.nodes)
-        each = torch.where(self.weights > 0, self.weights * values, 0.0).sum(1)
-        return self._estimate(each)
+        where = "SpectralDensity.mean_of"
+        check_callable(f, where)
+        values = applied(f, self.nodes, where)
+        seen = self.weights > 0
+        if not bool(values[seen].isfinite().all()):
+            worst = float(self.nodes[seen & ~values.isfinite()][0])
+            problem = f"f is not finite at the eigenvalue {worst:.4g}"
+            raise ArgumentError(message(where, problem, "Damp the operator: op.damped(...)"))
+        return self._estimate(torch.where(seen, self.weights * values, 0.0).sum(1))
 
     def trace_of(self, f: Function) -> Estimate:
         """Return the trace of `f(A)`, `n` times the mean; with `torch.log` the log-determinant."""
-        return self.mean_of(lambda x: self.dimension * f(x))
+        mean = self.mean_of(f)
+        value, error = self.dimension * mean.value, self.dimension * mean.standard_error
+        return replace(mean, value=value, standard_error=error)
 
     def schatten_norm(self, p: float) -> Estimate:
         """Return the Schatten norm, `(sum |eigenvalue|^p)^(1/p)`, its error by the first-order expansion."""
         where = "SpectralDensity.schatten_norm"
-        check_number(p, where, name="p")
-        if not p > 0:
-            raise ArgumentError(message(where, f"p must be positive, got {p}"))
+        check_positive(p, where, name="p")
         power = self.trace_of(lambda x: x.abs() ** p)
         norm = power.value ** (1 / p)
         tiny = torch.finfo(norm.dtype).tiny
@@ -81,26 +102,24 @@ class SpectralDensity:
         return Estimate(norm, error, self.num_matvecs, None, len(self.nodes) - 1)
 
     def cumulative(self, points: Tensor) -> Estimate:
-        """Return the share of eigenvalues up to each point, shaped like `points`."""
-        flat = points.detach().double().cpu().reshape(-1, 1, 1)
+        """Return the share of eigenvalues up to each point, or beyond it by no more than the resolution."""
+        flat = _points(points, "SpectralDensity.cumulative").reshape(-1, 1, 1) + self.resolution
         shares = (self.weights * (self.nodes <= flat)).sum(2).T
         return self._estimate(shares.reshape(-1, *points.shape))
 
     def density(self, points: Tensor, *, width: float | None = None) -> Estimate:
         """Return the density at each point, every atom spread out to a normal distribution.
 
-        `width` is its standard deviation, in units of the eigenvalues; a hundredth of their range if None. The integral
+        `width` is its standard deviation, in units of the eigenvalues; a hundredth of their range if None, at
+        least a thousandth of the largest. The integral
         is one.
         """
         if width is None:
             kept = self.nodes[self.weights > 0]
-            width = float(kept.max() - kept.min()) / 100 or 1.0
-        check_number(width, "SpectralDensity.density", name="width")
-        if not width > 0:
-            raise ArgumentError(
-                message("SpectralDensity.density", f"width must be positive, got {width}")
-            )
-        flat = points.detach().double().cpu().reshape(-1, 1, 1)
+            largest = float(kept.abs().max())
+            width = max(float(kept.max() - kept.min()) / 100, 1e-3 * largest) or 1.0
+        check_positive(width, "SpectralDensity.density", name="width")
+        flat = _points(points, "SpectralDensity.density").reshape(-1, 1, 1)
         bells = torch.exp(-0.5 * ((flat - self.nodes) / width) ** 2) / (
             width * math.sqrt(2 * math.pi)
         )
@@ -108,10 +127,13 @@ class SpectralDensity:
 
     def distance_to(self, eigenvalues: Tensor) -> Tensor:
         """Return the Wasserstein-1 distance to exact eigenvalues, in their units: the area between the two."""
-        exact = eigenvalues.detach().double().cpu().reshape(-1)
+        exact = _points(eigenvalues, "SpectralDensity.distance_to").reshape(-1)
+        if not len(exact):
+            problem = "there are no eigenvalues"
+            raise ArgumentError(message("SpectralDensity.distance_to", problem))
         nodes, weights = self.nodes.reshape(-1), self.weights.reshape(-1) / len(self.nodes)
         points = torch.cat([nodes, exact])
-        steps = torch.cat([weights, torch.full_like(exact, -1 / max(1, len(exact)))])
+        steps = torch.cat([weights, torch.full_like(exact, -1 / len(exact))])
         order = points.argsort()
         gaps = points[order].diff()
         return (steps[order].cumsum(0)[:-1].abs() * gaps).sum()
@@ -123,6 +145,16 @@ class SpectralDensity:
         if count > 1:
             error = each.std(0) / math.sqrt(count)
         return Estimate(each.mean(0), error, self.num_matvecs, None, count - 1)
+
+
+def _points(points: Any, where: str) -> Tensor:
+    if not isinstance(points, Tensor):
+        problem = f"expected a tensor of numbers, got {type(points).__name__}"
+        raise ArgumentTypeError(message(where, problem))
+    flat = points.detach().double().cpu()
+    if bool(flat.isnan().any()):
+        raise ArgumentError(message(where, "a number is NaN"))
+    return flat
 
 
 def spectral_density(
@@ -165,7 +197,8 @@ def spectral_density(
     Notes
     -----
     With full reorthogonalisation. The mean over many vectors is the exact distribution, as seen by polynomials of
-    degree `2 num_steps - 1`; one vector of `n` entries has errors of about `sqrt(2 / n)` of the share of eigenvalues.
+    degree `2 num_steps - 1`, but for the resolution, some roundings of the largest eigenvalue; one vector of `n`
+    entries has errors of about `sqrt(2 / n)` of the share of eigenvalues.
 
     References
     ----------
@@ -192,6 +225,7 @@ def spectral_density(
     check_count(num_steps, where, name="num_steps")
     if memory_budget is not None:
         check_count(memory_budget, where, name="memory_budget")
+    refuse_transforms(where)
     n = op.shape[0]
     if not n:
         raise ArgumentError(message(where, "the space has no entries"))
@@ -208,4 +242,6 @@ def spectral_density(
         values, vectors = torch.linalg.eigh(T)
         nodes.append(values)
         weights.append(vectors[:, 0, :] ** 2)
-    return SpectralDensity(torch.cat(nodes), torch.cat(weights), n, num_vectors * steps)
+    every = torch.cat(nodes)
+    resolution = 10 * torch.finfo(work).eps * float(every.abs().max())
+    return SpectralDensity(every, torch.cat(weights), n, num_vectors * steps, resolution)

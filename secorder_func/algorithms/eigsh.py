@@ -22,6 +22,7 @@ from secorder_func.errors import (
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_memory_budget
 from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.outside import refuse_transforms
 from secorder_func.typing import Tree
 
 __all__ = ["eigsh"]
@@ -90,9 +91,9 @@ def eigsh(
     -----
     One product a step; every vector is made orthogonal to all others, twice, so that no eigenvalue is found twice by
     rounding. When the memory is full, the best Ritz vectors are kept. A Krylov space of one vector sees one copy of a
-    multiple eigenvalue, so when `k > 1` pairs have converged, a random vector is put in and followed for 5 steps, until
-    that shows nothing new: further copies are found where the eigenvalue stands apart, not in a dense part of the
-    spectrum.
+    multiple eigenvalue, and one begun with an eigenvector nothing else. So when `k > 1` pairs have converged, or one
+    from a given `v0`, a random vector is put in and followed for 5 steps, until that shows nothing new: further copies
+    are found where the eigenvalue stands apart, not in a dense part of the spectrum.
 
     References
     ----------
@@ -125,9 +126,13 @@ def eigsh(
     for name, count in (("max_matvecs", max_matvecs), ("memory_budget", memory_budget)):
         if count is not None:
             check_count(count, where, name=name)
+    if max_matvecs is not None and max_matvecs < k:
+        problem = f"max_matvecs must be at least k, {k}, got {max_matvecs}"
+        raise ArgumentError(message(where, problem))
+    refuse_transforms(where)
     work = torch.promote_types(op.dtype, torch.float32)
     begin = _begin(op, v0, work, where)
-    tolerance = least_tolerance(float(rtol), op.dtype)
+    tolerance = max(least_tolerance(float(rtol), t.dtype) for t in tree.flatten(op.like)[0])
     most = max(20 * k, 200) if max_matvecs is None else max_matvecs
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     size = min(n, max(2 * k + 16, budget // (2 * n * work.itemsize)))
@@ -137,7 +142,7 @@ def eigsh(
     if not converged:
         problem = (
             f"{int((residuals > run.goal()).sum())} of {k} residuals are above the tolerance {tolerance:.2g} "
-            f"after {run.spent} products, the largest is {float(residuals.max()):.2g}"
+            f"after {run.spent} products, or others were not looked for; the largest is {float(residuals.max()):.2g}"
         )
         warn_user(
             message(where, problem, "Raise max_matvecs, or begin with v0=.eigenvectors"),
@@ -193,6 +198,7 @@ class _Run:
         self._since = 0
         self._drawn = 0
         self._scale = 0.0
+        self._warm = False
         self._before: Tensor | None = None  # the wanted values when a random vector was put in
         self._values = self._Y = torch.zeros(0, dtype=torch.float64)
 
@@ -200,7 +206,7 @@ class _Run:
         """Iterate until all pairs have converged and no other is seen; say whether that was so."""
         queue = [] if begin is None else list(begin)
         v = queue.pop(0) if queue else self._random()
-        warm = begin is not None
+        warm = self._warm = begin is not None  # which may be an eigenvector of another eigenvalue
         while True:
             self._grow(v)
             last = self.spent >= most or self.count == self._op.shape[0]
@@ -224,7 +230,7 @@ class _Run:
         residuals, worst = self._residuals()
         done = self.count >= self._k and bool((residuals <= self.goal()).all())
         new = done and (self._before is None or self._better_than(self._before))
-        if done and (whole or self._k == 1 or not new):
+        if done and (whole or (self._k == 1 and not self._warm) or not new):
             return True
         if whole or self.spent >= most:
             return done
@@ -281,7 +287,7 @@ class _Run:
         """
         fetched = torch.cat([*self._columns, *(pair for _, pair in self._lengths)]).cpu().double()
         if not bool(fetched.isfinite().all()):
-            problem = f"a product up to number {self.spent} has NaN or infinite entries"
+            problem = f"a product up to number {self.spent} has NaN or infinite entries, or too large a norm"
             mend = "Check the loss and its gradient at these parameters"
             raise NonFiniteError(message(self._where, problem, mend))
         split = fetched.split([*map(len, self._columns), *[2] * len(self._lengths)])
@@ -343,4 +349,7 @@ class _Run:
         lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         x, ax = x / lengths, ax / lengths
         values = (x * ax).sum(1)
-        return values, x, torch.linalg.vector_norm(ax - values.unsqueeze(1) * x, dim=1)
+        residuals = torch.linalg.vector_norm(ax - values.unsqueeze(1) * x, dim=1)
+        key = {"LA": values, "SA": -values, "LM": values.abs()}[self._which]
+        order = key.argsort(descending=True, stable=True)  # rounding may have changed it
+        return values[order], x[order], residuals[order]

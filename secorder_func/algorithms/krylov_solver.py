@@ -60,6 +60,10 @@ def solve(
     return _solution(found, system, batched)
 
 
+_BACKWARD = 1e-6
+"""The relative tolerance of the solve behind a gradient at most."""
+
+
 @dataclass
 class _Found:
     """Solutions as rows, and what became of each."""
@@ -86,9 +90,8 @@ class _Solver:
         found = self._refined(b.detach(), start, rtol, atol)
         self._warn(found)
         if differentiated_outside(b) or (torch.is_grad_enabled() and system.differentiated):
-            sizes = lengths(b.detach()).tolist()
-            # An absolute tolerance means nothing to the scale of a gradient; what it is of b does.
-            relative = [max(r, atol / s) if s else r for r, s in zip(rtol, sizes, strict=True)]
+            # An absolute tolerance means nothing to the scale of a gradient, nor does a loose one.
+            relative = [min(r, _BACKWARD) if r else _BACKWARD for r in rtol]
             found.x = implicit_solution(
                 found.x,
                 b - system.recorded_product(found.x),

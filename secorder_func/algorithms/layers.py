@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import GroupSums, Sampling
 from secorder_func.algorithms.probes import draw_seed, rademacher
 from secorder_func.algorithms.stopping import Target, estimated
+from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.blocks import Selection, groups_of
 from secorder_func.operators.linear_operator import check_real_operator
@@ -37,6 +39,8 @@ class LayerCurvature:
         diagonal.
     eigenvalues, residual_norms
         `(groups,)`, of the outermost eigenpair of each block; None if they were not asked for.
+    converged
+        Whether all of these residuals are within the tolerance of `eigsh`.
     """
 
     names: tuple[str, ...]
@@ -44,6 +48,7 @@ class LayerCurvature:
     traces: Estimate
     eigenvalues: Tensor | None
     residual_norms: Tensor | None
+    converged: bool = True
 
     def __str__(self) -> str:
         head = ["group", "parameters", "trace", "±", "mean diagonal"]
@@ -128,12 +133,16 @@ def layer_curvature(
     where = "layer_curvature"
     check_real_operator(op, where)
     chosen = groups_of(op.like, groups, where)
+    if which is not None and which not in get_args(Which):
+        known = ", ".join(repr(name) for name in get_args(Which))
+        raise ArgumentError(message(where, f"which must be one of {known} or None, got {which!r}"))
+    work = torch.promote_types(op.dtype, torch.float32)
     target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
 
     def parts(vectors: Tree) -> Tensor:
         products = tree.flatten(op.mm(vectors, chunk_size=None))[0]
         forms = [
-            (v * av).reshape(v.shape[0], -1).sum(1).to(op.device, op.dtype)
+            (v.to(work) * av.to(work)).reshape(len(v), v.shape[1:].numel()).sum(1).to(op.device)
             for v, av in zip(tree.flatten(vectors)[0], products, strict=True)
         ]
         sums = [torch.stack([forms[i] for i in rows]).sum(0) for rows in chosen.values()]
@@ -147,6 +156,7 @@ def layer_curvature(
     traces = estimated(target, None, begin, where)
     leaves, names = tree.flatten(op.like)[0], tree.names(op.like)
     values = residuals = None
+    converged = True
     if which is not None:
         found = [
             eigsh(op.block([names[i] for i in rows]), 1, which=which, generator=generator)
@@ -154,5 +164,6 @@ def layer_curvature(
         ]
         values = torch.cat([pair.eigenvalues.to(op.dtype) for pair in found])
         residuals = torch.cat([pair.residual_norms.to(op.dtype) for pair in found])
+        converged = all(pair.converged for pair in found)
     sizes = tuple(sum(leaves[i].numel() for i in rows) for rows in chosen.values())
-    return LayerCurvature(tuple(chosen), sizes, traces, values, residuals)
+    return LayerCurvature(tuple(chosen), sizes, traces, values, residuals, converged)

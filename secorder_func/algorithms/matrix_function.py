@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.algorithms.density import Function
+from secorder_func.algorithms.density import Function, applied
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.krylov_spaces import krylov_spaces
 from secorder_func.checks import check_callable, check_count, check_like
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.outside import refuse_transforms
 from secorder_func.typing import Tree
 
 __all__ = ["matrix_function"]
@@ -38,7 +39,8 @@ def matrix_function(
     -------
     Estimate
         `value` is a tree like `b`. `standard_error` is not of chance: what the last eighth of the steps changed, entry
-        by entry, which is usually more than what is missing.
+        by entry, which is usually more than what is missing, and what rounding of the largest eigenvalue makes of `f`
+        at the small ones; infinite where that leaves nothing.
 
     Raises
     ------
@@ -73,29 +75,47 @@ def matrix_function(
     check_count(num_steps, where, name="num_steps")
     if not op.symmetric:
         raise ArgumentError(message(where, "the operator is not symmetric"))
+    refuse_transforms(where)
     flat, unravel = tree.ravel(b)
     start = flat.detach().to(torch.promote_types(op.dtype, torch.float32))
+    if not start.numel():
+        return Estimate(b, b, 0)
+    largest = start.abs().amax()
+    start = start / torch.where(largest > 0, largest, torch.ones_like(largest))
     length = torch.linalg.vector_norm(start)
-    steps = min(num_steps, max(1, op.shape[0]))
+    steps = min(num_steps, op.shape[0])
     unit = start / length.clamp(min=torch.finfo(start.dtype).tiny)
     T, Q = krylov_spaces(op, unit.unsqueeze(0), steps, where)
+    eps = torch.finfo(start.dtype).eps
     fewer = max(1, steps - max(1, steps // 8))
-    value, before = (_applied(f, T[0, :m, :m], where) for m in (steps, fewer))
-    x = length * (value.to(start) @ Q[0])
-    change = (x - length * (before.to(start) @ Q[0, :fewer])).abs()
+    (value, rounding), (before, _) = (_applied(f, T[0, :m, :m], eps, where) for m in (steps, fewer))
+    x = value.to(start) @ Q[0]
+    change = (x - before.to(start) @ Q[0, :fewer]).abs()
     if fewer == steps:
-        change = torch.zeros_like(x) if op.shape[0] <= 1 else torch.full_like(x, torch.inf)
-    return Estimate(unravel(x), unravel(change), steps)
+        change = torch.zeros_like(x) if op.shape[0] == 1 else torch.full_like(x, torch.inf)
+    error = change + rounding / op.shape[0] ** 0.5
+    size = length * largest
+    return Estimate(unravel(size * x), unravel(size * error), steps)
 
 
-def _applied(f: Function, T: Tensor, where: str) -> Tensor:
-    """Return the first column of `f(T)`; what the first vector does not see is left out."""
+def _applied(f: Function, T: Tensor, eps: float, where: str) -> tuple[Tensor, float]:
+    """Return the first column of `f(T)`, and how much rounding of `T` may change it.
+
+    What the first vector does not see is left out. Eigenvalues are known within some roundings of the largest: what `f`
+    makes of that, as of a small eigenvalue beside a large one, is part of the error.
+    """
     values, vectors = torch.linalg.eigh(T)
+    blur = 10 * eps * float(values.abs().max())
     seen = vectors[0].abs() > torch.finfo(T.dtype).eps
-    found = torch.where(seen, f(torch.where(seen, values, torch.ones_like(values))), 0.0)
+    at = torch.where(seen, values, values[seen][:1].expand_as(values))
+    found = applied(f, at, where)
+    found = torch.where(found.isfinite() | (at.abs() > blur), found, applied(f, at.abs(), where))
     if not bool(found.isfinite().all()):
-        at = float(values[seen][~f(values[seen]).isfinite()][0])
-        problem = f"f is not finite at the Ritz value {at:.4g} of the operator"
+        worst = float(at[~found.isfinite()][0])
+        problem = f"f is not finite at the Ritz value {worst:.4g} of the operator"
         raise ArgumentError(message(where, problem, "Damp the operator: op.damped(...)"))
-    column: Tensor = vectors @ (found * vectors[0])
-    return column
+    weights = torch.where(seen, vectors[0], torch.zeros_like(vectors[0]))
+    moved = applied(f, at + blur, where) - applied(f, at - blur, where)
+    rounding = float(torch.linalg.vector_norm(torch.where(seen, moved * weights, 0.0)))
+    column: Tensor = vectors @ (found * weights)
+    return column, rounding if rounding == rounding else float("inf")

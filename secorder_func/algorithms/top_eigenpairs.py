@@ -21,6 +21,7 @@ from secorder_func.errors import (
 )
 from secorder_func.operators import PerSampleOperator
 from secorder_func.operators.chunks import default_memory_budget
+from secorder_func.operators.outside import refuse_transforms
 from secorder_func.operators.rows import Rows
 
 __all__ = ["top_eigenpairs"]
@@ -101,6 +102,7 @@ def top_eigenpairs(
     where = "top_eigenpairs"
     _check_per_sample(op, where)
     op.require_real(where)
+    refuse_transforms(where)
     if which not in get_args(Which):
         known = ", ".join(repr(name) for name in get_args(Which))
         raise ArgumentError(message(where, f"which must be one of {known}, got {which!r}"))

@@ -29,14 +29,19 @@ Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool]
 def groups_of(like: Tree, groups: Any, where: str) -> dict[str, list[int]]:
     """Return which leaves belong to each group, by their index; the modules that hold them if no groups are given."""
     names = tree.names(like)
+    _refuse_twins(names, where)
     if groups is None:
         found: dict[str, list[int]] = {}
+        leaves = tree.flatten(like)[0]
         for index, name in enumerate(names):
-            found.setdefault(name.rpartition(".")[0] or name, []).append(index)
+            if leaves[index].numel():
+                found.setdefault(name.rpartition(".")[0] or name or "all", []).append(index)
         return found
     if not isinstance(groups, Mapping):
         problem = f"groups must be a dict of selections by name, got {type(groups).__name__}"
         raise ArgumentTypeError(message(where, problem))
+    if not groups:
+        raise ArgumentError(message(where, "groups is empty"))
     chosen = {group: selected(like, selection, where) for group, selection in groups.items()}
     taken: dict[int, str] = {}
     for group, indices in chosen.items():
@@ -48,13 +53,18 @@ def groups_of(like: Tree, groups: Any, where: str) -> dict[str, list[int]]:
     return chosen
 
 
-def selected(like: Tree, selection: Selection, where: str) -> list[int]:
+def selected(like: Tree, selection: Any, where: str) -> list[int]:
     """Return the indices of the leaves that a selection names."""
     names = tree.names(like)
+    _refuse_twins(names, where)
     if callable(selection):
         found = [index for index, name in enumerate(names) if selection(name)]
         problem = "the predicate says yes to no leaf"
     else:
+        if not isinstance(selection, Iterable):
+            given = type(selection).__name__
+            problem = f"a selection is a name, names or a function of a name, got {given}"
+            raise ArgumentTypeError(message(where, problem))
         wanted = [selection] if isinstance(selection, str) else list(selection)
         for one in wanted:
             if not any(_holds(one, name) for name in names):
@@ -67,6 +77,12 @@ def selected(like: Tree, selection: Selection, where: str) -> list[int]:
     return found
 
 
+def _refuse_twins(names: list[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ArgumentError(message(where, f"two leaves have the name {twice!r}"))
+
+
 def _holds(prefix: str, name: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
@@ -77,11 +93,6 @@ class _Part:
     def __init__(self, like: Tree, indices: Sequence[int]) -> None:
         self._leaves, self._unflatten = tree.flatten(like)
         names = tree.names(like)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ArgumentError(
-                message("LinearOperator.block", f"two leaves have the name {twice!r}")
-            )
         # A dict's leaves are sorted by key, here and in whatever is made of it.
         self.indices = sorted(indices, key=lambda index: names[index])
         self.like = {names[index]: self._leaves[index] for index in self.indices}
@@ -92,7 +103,7 @@ class _Part:
         axes = next(iter(inside.values())).shape[:1] if stacked else ()
         return self._unflatten(
             [
-                inside[index] if index in inside else leaf.new_zeros(*axes, *leaf.shape)
+                inside[index] if index in inside else leaf.new_zeros((*axes, *leaf.shape))
                 for index, leaf in enumerate(self._leaves)
             ]
         )
@@ -181,7 +192,7 @@ def block_diagonal_of(
                 found[index] = products[index]
         return unflatten(
             [
-                leaf.new_zeros(count, *leaf.shape) if product is None else product
+                leaf.new_zeros((count, *leaf.shape)) if product is None else product
                 for leaf, product in zip(leaves, found, strict=True)
             ]
         )

@@ -10,10 +10,23 @@ from secorder_func.errors import NoExactRouteError, message
 from secorder_func.rules.levels import JVP, differentiating_levels, mapping
 from secorder_func.transforms.policy import differentiated_outside
 
-__all__ = ["differentiated_outside", "refuse_forward_mode", "refuse_vmap_and_jvp"]
+__all__ = [
+    "differentiated_outside",
+    "refuse_forward_mode",
+    "refuse_transforms",
+    "refuse_vmap_and_jvp",
+]
 
 _NOT_FORWARD = "solutions cannot be differentiated in forward mode"
 _BACKWARD = "Take torch.func.grad, vjp or backward, or a finite difference"
+
+
+def refuse_transforms(where: str) -> None:
+    """Refuse to iterate inside of `vmap`, `grad` or `jvp`: nothing of the iteration is differentiated or mapped."""
+    if mapping() or differentiating_levels():
+        problem = "it works on numbers, and cannot be mapped or differentiated by torch.func"
+        mend = "Call it outside. A simple eigenvalue has the gradient of v . A v with its eigenvector v held fixed"
+        raise NoExactRouteError(message(where, problem, mend))
 
 
 def refuse_vmap_and_jvp(where: str) -> None:

@@ -201,7 +201,67 @@ def test_bad_functions_and_operators() -> None:
         spectral_density(LinearOperator(lambda v: v * math.nan, torch.ones(4)))
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         spectral_density(flat_operator(A), num_steps=0)
-    with pytest.raises(ValueError, match="p must be positive"):
-        spectral_density(flat_operator(A), 2).schatten_norm(0)
+    for p in (0, math.inf):
+        with pytest.raises(ValueError, match="p must be positive and finite"):
+            spectral_density(flat_operator(A), 2).schatten_norm(p)
     with pytest.raises(ValueError, match="width must be positive"):
         spectral_density(flat_operator(A), 2).density(torch.zeros(1), width=-1.0)
+
+
+def test_what_rounding_hides_is_in_the_error() -> None:
+    """Small eigenvalues beside large ones: in float32 nothing is known of them."""
+    n = 200
+    for dtype, top in ((torch.float32, 1e4), (torch.float64, 1e12)):
+        d = torch.cat([torch.full((5,), top), torch.linspace(1e-4, 1e-2, n - 5)]).to(dtype)
+        Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator(0))).Q
+        matrix = ((Q * d.double()) @ Q.T).to(dtype)
+        b = torch.randn(n, dtype=torch.float64, generator=generator(1))
+        truth = (Q * d.double().rsqrt()) @ (Q.T @ b)
+        try:
+            found = matrix_function(flat_operator(matrix), torch.rsqrt, b.to(dtype))
+        except ValueError:  # a Ritz value is negative by rounding: said as well
+            continue
+        missing = float((found.value.double() - truth).norm())
+        assert missing <= float(found.standard_error.double().norm())
+
+
+def test_functions_are_checked_and_change_nothing() -> None:
+    density = spectral_density(flat_operator(POSITIVE), 4, generator=generator(0))
+    nodes = density.nodes.clone()
+    twice = density.mean_of(lambda x: x.mul_(2))
+    assert torch.equal(density.nodes, nodes)
+    oracles.assert_same(twice.value, 2 * density.mean_of(lambda x: x).value, 1e-12)
+    for f in (lambda x: x.sum(), lambda x: x.sum(1), lambda x: x + 1j, lambda x: 3):
+        with pytest.raises(TypeError, match="f must give a real number for each of"):
+            density.mean_of(f)
+    b = torch.ones(len(A)).double()
+    with pytest.raises(TypeError, match="f must give a real number for each of"):
+        matrix_function(flat_operator(POSITIVE), lambda x: x.sum(), b)
+    X = torch.randn(60, 20, dtype=torch.float64, generator=generator(2))
+    singular = spectral_density(flat_operator(X @ X.T), 3, generator=generator(0))
+    with pytest.raises(ValueError, match="f is not finite at the eigenvalue"):
+        singular.trace_of(lambda x: torch.where(x.abs() < 1e-9, torch.nan, x.log()))
+    for call in (density.cumulative, density.distance_to):
+        with pytest.raises(ValueError, match="a number is NaN"):
+            call(torch.tensor([torch.nan]))
+    with pytest.raises(ValueError, match="there are no eigenvalues"):
+        density.distance_to(torch.zeros(0))
+
+
+def test_atoms_at_zero_are_counted_at_zero() -> None:
+    X = torch.randn(40, 3, dtype=torch.float64, generator=generator(3))
+    density = spectral_density(flat_operator(X @ X.T), 40, generator=generator(0))
+    found = density.cumulative(torch.tensor(0.0))
+    assert abs(float(found.value) - 37 / 40) < 5 * float(found.standard_error)
+    root = matrix_function(flat_operator(X @ X.T), torch.sqrt, torch.ones(40).double()).value
+    truth = dense_function(X @ X.T, lambda v: v.clamp(min=0).sqrt()) @ torch.ones(40).double()
+    oracles.assert_same(root, truth, 1e-6)
+
+
+def test_vectors_of_any_size() -> None:
+    b = torch.randn(len(A), generator=generator(4))
+    f32 = flat_operator(POSITIVE.float())
+    unit = matrix_function(f32, torch.sqrt, b).value
+    for size in (1e30, 1e-30):
+        found = matrix_function(f32, torch.sqrt, size * b).value
+        assert oracles.relative_error(found / size, unit) < 1e-5

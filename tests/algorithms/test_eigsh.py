@@ -267,3 +267,46 @@ def test_bad_input() -> None:
         eigsh(op, v0=torch.zeros(300).double())
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         eigsh(LinearOperator(lambda v: v / 0, torch.ones(4)))
+
+
+def test_a_start_that_is_another_eigenvector_is_left() -> None:
+    d = torch.tensor([1.0, 1.0, 1.0, 10.0, 10.0, 0.5]).double()
+    op = LinearOperator(lambda v: d * v, d)
+    wrong = eigsh(op, 1, which="SA").eigenvectors
+    found = eigsh(op, 1, which="LA", v0=wrong, generator=generator(0))
+    assert float(found.eigenvalues) == pytest.approx(10.0, rel=1e-10)
+    inner = torch.linalg.eigh(CLUSTERED).eigenvectors[:, 150]
+    for which in ("LA", "SA"):
+        found = eigsh(flat_operator(CLUSTERED), 1, which=which, v0=inner, generator=generator(0))
+        truth = wanted(torch.linalg.eigvalsh(CLUSTERED), which, 1)
+        assert (found.eigenvalues - truth).abs() < 1e-6
+
+
+def test_values_are_in_order_in_spite_of_rounding() -> None:
+    matrix = with_spectrum([3.0] * 6 + [1.0] * 20).float()
+    values = eigsh(flat_operator(matrix), 6, generator=generator(0)).eigenvalues
+    assert (values.diff() <= 0).all()
+
+
+def test_more_pairs_than_products_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_matvecs must be at least k, 5, got 2"):
+        eigsh(flat_operator(CLUSTERED), 5, max_matvecs=2)
+
+
+def test_transforms_around_it_are_refused() -> None:
+    """A gradient would be zero without a word."""
+    from secorder_func import matrix_function, spectral_density
+    from secorder_func.errors import NoExactRouteError
+
+    def op(s: Tensor) -> LinearOperator:
+        return LinearOperator(lambda v: 3 * s * v, torch.zeros(4))
+
+    for call in (
+        lambda s: eigsh(op(s)).eigenvalues.sum(),
+        lambda s: spectral_density(op(s)).nodes.sum(),
+        lambda s: matrix_function(op(s), torch.exp, torch.ones(4)).value.sum(),
+    ):
+        with pytest.raises(NoExactRouteError, match="cannot be mapped or differentiated"):
+            torch.func.grad(call)(torch.ones(()))
+        with pytest.raises(NoExactRouteError, match="cannot be mapped or differentiated"):
+            torch.func.vmap(call)(torch.ones(2))

@@ -264,3 +264,12 @@ def test_gradients_in_half_precision_and_float32() -> None:
         assert oracles.relative_error(grads[0], -b.detach().double() / d**2) < 3 * rtol
         assert oracles.relative_error(grads[1], 1 / d) < 3 * rtol
     assert math.isfinite(float(grads[0].sum()))
+
+
+def test_a_loose_absolute_tolerance_leaves_no_gradient_out() -> None:
+    d = torch.tensor([1.0, 2.0, 3.0]).double()
+    op = LinearOperator(lambda v: d * v, d)
+    b = torch.tensor([[1.0, 1.0, 1.0], [1e-3, 0.0, 0.0], [0.0, 0.0, 0.0]]).double()
+    b.requires_grad_()
+    cg(op, b, atol=1e-2).x.sum().backward()
+    oracles.assert_same(b.grad, (1 / d).expand(3, 3), 1e-5)

@@ -182,3 +182,41 @@ def test_bad_selections() -> None:
     same = {"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}
     with pytest.raises(ValueError, match=r"two leaves have the name 'a\.b'"):
         LinearOperator(lambda v: v, same).block("a")
+
+
+def test_scalars_and_empty_leaves_beside_a_block() -> None:
+    like = {
+        "s": torch.zeros(()).double(),
+        "w": torch.zeros(2).double(),
+        "e": torch.zeros(0).double(),
+    }
+    op = LinearOperator(lambda v: {"s": 2 * v["s"], "w": 3 * v["w"], "e": v["e"]}, like)
+    assert op.block("w").dense().diag().tolist() == [3.0, 3.0]
+    assert op.block_diagonal().dense().diag().tolist() == [2.0, 3.0, 3.0]
+    table = layer_curvature(op, 4)
+    assert dict(zip(table.names, table.traces.value.tolist(), strict=True)) == {"s": 2.0, "w": 6.0}
+    assert table.eigenvalues.tolist() == pytest.approx([2.0, 3.0])
+    assert table.converged
+    root = layer_curvature(LinearOperator(lambda v: 3 * v, torch.zeros(4)), 4)
+    assert root.names == ("all",)
+
+
+def test_sums_of_half_precision_are_wide() -> None:
+    like = {"w": torch.zeros(70_000, dtype=torch.float16)}
+    table = layer_curvature(LinearOperator(lambda v: {"w": 3 * v["w"]}, like), 2, which=None)
+    assert float(table.traces.value) == pytest.approx(210_000)
+
+
+def test_bad_tables() -> None:
+    op = operator(random_matrix())
+    with pytest.raises(ValueError, match="groups is empty"):
+        layer_curvature(op, 4, groups={})
+    with pytest.raises(ValueError, match="which must be one of 'LA', 'SA', 'LM' or None, got 'XX'"):
+        layer_curvature(op, 4, which="XX")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="a selection is a name, names or a function of a name, got int"
+    ):
+        op.block(1)  # type: ignore[arg-type]
+    same = {"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="two leaves have the name"):
+        layer_curvature(LinearOperator(lambda v: v, same), 4, which=None)
