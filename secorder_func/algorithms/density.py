@@ -159,8 +159,8 @@ def _points(points: Any, where: str) -> Tensor:
 
 def spectral_density(
     op: LinearOperator,
-    num_vectors: int = 8,
     /,
+    num_vectors: int = 8,
     *,
     num_steps: int = 64,
     generator: torch.Generator | None = None,

@@ -28,8 +28,8 @@ __all__ = ["exact_diagonal", "hutchinson_diagonal", "xdiag"]
 
 def hutchinson_diagonal(
     op: Operator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,
@@ -97,8 +97,8 @@ def hutchinson_diagonal(
 
 def xdiag(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,

@@ -35,8 +35,8 @@ _LOOKS_EVERY = 5
 
 def eigsh(
     op: LinearOperator,
-    k: int = 1,
     /,
+    k: int = 1,
     *,
     which: Which = "LA",
     rtol: float = 1e-6,

@@ -28,8 +28,8 @@ _MISSED = 1e-3
 def lanczos(
     product: Callable[[Tensor], Tensor],
     start: Tensor,
-    k: int = 1,
     /,
+    k: int = 1,
     *,
     max_steps: int = 100,
     tol: float = 0.0,

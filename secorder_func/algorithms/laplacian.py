@@ -22,8 +22,8 @@ __all__ = ["hutchinson_laplacian"]
 
 def hutchinson_laplacian(
     f: Callable[..., Tensor],
-    num_matvecs: int,
     /,
+    num_matvecs: int,
     *,
     per_sample: bool = False,
     generator: torch.Generator | None = None,

@@ -79,8 +79,8 @@ class LayerCurvature:
 
 def layer_curvature(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     groups: Mapping[str, Selection] | None = None,
     which: Which | None = "LM",

@@ -27,8 +27,8 @@ __all__ = ["hutchpp_trace", "xnystrace", "xtrace"]
 
 def hutchpp_trace(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,
@@ -93,8 +93,8 @@ def hutchpp_trace(
 
 def xtrace(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,
@@ -158,8 +158,8 @@ def xtrace(
 
 def xnystrace(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,

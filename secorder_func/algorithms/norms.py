@@ -20,8 +20,8 @@ __all__ = ["hutchinson_squared_frobenius_norm", "hutchinson_squared_row_norms"]
 
 def hutchinson_squared_frobenius_norm(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,
@@ -64,8 +64,8 @@ def hutchinson_squared_frobenius_norm(
 
 def hutchinson_squared_row_norms(
     op: LinearOperator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,

@@ -17,8 +17,8 @@ __all__ = ["exact_trace", "hutchinson_trace"]
 
 def hutchinson_trace(
     op: Operator,
-    num_matvecs: int | None = None,
     /,
+    num_matvecs: int | None = None,
     *,
     rtol: float | None = None,
     atol: float = 0.0,

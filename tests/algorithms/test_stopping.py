@@ -307,3 +307,14 @@ def test_a_count_or_a_tolerance(name: str) -> None:
         estimate(op, rtol=0.1, max_matvecs=0)
     with pytest.raises(TypeError, match=r"num_matvecs must be a whole number, got 2\.5"):
         estimate(op, 2.5)
+
+
+def test_counts_may_be_given_by_name() -> None:
+    from secorder_func import eigsh, layer_curvature, spectral_density
+
+    op = flat_operator(A)
+    for estimate in ESTIMATORS.values():
+        assert estimate(op, num_matvecs=16).num_matvecs == 16
+    assert eigsh(op, k=2).eigenvalues.shape == (2,)
+    assert len(spectral_density(op, num_vectors=3).nodes) == 3
+    assert layer_curvature(op, num_matvecs=4).names == ("all",)
