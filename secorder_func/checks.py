@@ -18,6 +18,7 @@ __all__ = [
     "check_number",
     "check_params",
     "check_positive",
+    "check_tolerance",
 ]
 
 
@@ -51,6 +52,13 @@ def check_positive(number: Any, where: str, *, name: str) -> None:
     check_number(number, where, name=name)
     if not 0 < float(number) < float("inf"):
         raise ArgumentError(message(where, f"{name} must be positive and finite, got {number}"))
+
+
+def check_tolerance(number: Any, where: str, *, name: str) -> None:
+    """Refuse what is no finite number from zero on."""
+    check_number(number, where, name=name)
+    if not 0 <= float(number) < float("inf"):
+        raise ArgumentError(message(where, f"{name} must be a number from 0 on, got {number}"))
 
 
 def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:

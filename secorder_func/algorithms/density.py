@@ -18,7 +18,7 @@ from secorder_func.checks import check_callable, check_count, check_positive
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_memory_budget
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.operators.outside import refuse_transforms
 
 __all__ = ["Function", "SpectralDensity", "applied", "spectral_density"]
@@ -219,8 +219,7 @@ def spectral_density(
     """
     where = "spectral_density"
     check_real_operator(op, where)
-    if not op.symmetric:
-        raise ArgumentError(message(where, "the operator is not symmetric"))
+    check_symmetric(op, where)
     check_count(num_vectors, where, name="num_vectors")
     check_count(num_steps, where, name="num_steps")
     if memory_budget is not None:

@@ -18,9 +18,8 @@ from secorder_func.algorithms.low_rank import (
 from secorder_func.algorithms.moments import Moments
 from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
 from secorder_func.algorithms.stopping import Accumulated, Target, estimated
-from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator, PerSampleOperator
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["exact_diagonal", "hutchinson_diagonal", "xdiag"]
@@ -149,9 +148,7 @@ def xdiag(
     """
     where = "xdiag"
     check_real_operator(op, where)
-    if not op.symmetric:
-        mend = "Take hutchinson_diagonal, which needs no symmetry"
-        raise ArgumentError(message(where, "the operator is not symmetric", mend))
+    check_symmetric(op, where, "Take hutchinson_diagonal, which needs no symmetry")
     target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
 
     def begin(state: State | None) -> Accumulated:

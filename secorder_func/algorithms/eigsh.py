@@ -21,7 +21,7 @@ from secorder_func.errors import (
 )
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_memory_budget
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.operators.outside import refuse_transforms
 from secorder_func.typing import Tree
 
@@ -120,8 +120,7 @@ def eigsh(
     if which not in get_args(Which):
         known = ", ".join(repr(name) for name in get_args(Which))
         raise ArgumentError(message(where, f"which must be one of {known}, got {which!r}"))
-    if not op.symmetric:
-        raise ArgumentError(message(where, "the operator is not symmetric"))
+    check_symmetric(op, where)
     check_positive(rtol, where, name="rtol")
     for name, count in (("max_matvecs", max_matvecs), ("memory_budget", memory_budget)):
         if count is not None:

@@ -13,7 +13,7 @@ from secorder_func.algorithms.implicit import implicit_solution
 from secorder_func.algorithms.iteration import Direction, End, Iteration, run
 from secorder_func.algorithms.linear_system import LinearSystem, lengths
 from secorder_func.algorithms.solution import Solution
-from secorder_func.checks import check_count, check_number
+from secorder_func.checks import check_count, check_tolerance
 from secorder_func.errors import ArgumentError, ConvergenceWarning, message, warn_user
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.outside import (
@@ -43,10 +43,7 @@ def solve(
     """Solve with one kind of iteration; arguments as for `cg`."""
     system = LinearSystem(op, preconditioner, where)
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        check_number(tolerance, where, name=name)
-        if not 0 <= tolerance < math.inf:
-            problem = f"{name} must be a number from 0 on, got {tolerance}"
-            raise ArgumentError(message(where, problem))
+        check_tolerance(tolerance, where, name=name)
     if max_matvecs is not None:
         check_count(max_matvecs, where, name="max_matvecs")
     rows, batched = system.rows(b, "b")

@@ -19,7 +19,7 @@ from secorder_func.algorithms.stopping import Accumulated, Target, estimated
 from secorder_func.algorithms.trace import exact_trace
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.typing import ChunkSize
 
 __all__ = ["hutchpp_trace", "xnystrace", "xtrace"]
@@ -213,9 +213,7 @@ def xnystrace(
     """
     where = "xnystrace"
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)
-    if not op.symmetric:
-        mend = "Take xtrace, which needs no symmetry"
-        raise ArgumentError(message(where, "the operator is not symmetric", mend))
+    check_symmetric(op, where, "Take xtrace, which needs no symmetry")
 
     def begin(state: State | None) -> Accumulated:
         seed = draw_seed(generator) if state is None else state["seed"]

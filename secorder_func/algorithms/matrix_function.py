@@ -12,7 +12,7 @@ from secorder_func.algorithms.krylov_spaces import krylov_spaces
 from secorder_func.checks import check_callable, check_count, check_like
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.operators.outside import refuse_transforms
 from secorder_func.typing import Tree
 
@@ -73,8 +73,7 @@ def matrix_function(
     check_callable(f, where)
     check_like(b, op.like, where, name="b")
     check_count(num_steps, where, name="num_steps")
-    if not op.symmetric:
-        raise ArgumentError(message(where, "the operator is not symmetric"))
+    check_symmetric(op, where)
     refuse_transforms(where)
     flat, unravel = tree.ravel(b)
     start = flat.detach().to(torch.promote_types(op.dtype, torch.float32))

@@ -12,7 +12,7 @@ import torch
 from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate, State, student
 from secorder_func.algorithms.wide import wide
-from secorder_func.checks import check_count, check_number
+from secorder_func.checks import check_count, check_tolerance
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -58,10 +58,7 @@ class Target:
         """Refuse what is not either a count or a tolerance."""
         for name, tolerance in (("rtol", rtol), ("atol", atol)):
             if tolerance is not None or name == "atol":
-                check_number(tolerance, where, name=name)
-                if not 0 <= float(tolerance) < math.inf:
-                    problem = f"{name} must be a number from 0 on, got {tolerance}"
-                    raise ArgumentError(message(where, problem))
+                check_tolerance(tolerance, where, name=name)
         wanted = rtol is not None or atol > 0
         if num_matvecs is None and not wanted:
             problem = "neither num_matvecs nor a tolerance was given"

@@ -17,7 +17,7 @@ from secorder_func.checks import (
     check_number,
     check_params,
 )
-from secorder_func.errors import ArgumentTypeError, message
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.blocks import Selection, block_diagonal_of, block_of
 from secorder_func.operators.chunks import Chunks
 from secorder_func.operators.forms import Forms
@@ -30,7 +30,7 @@ from secorder_func.typing import ChunkSize, MatVec, Tree
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-__all__ = ["LinearOperator", "check_real_operator"]
+__all__ = ["LinearOperator", "check_real_operator", "check_symmetric"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -386,6 +386,12 @@ def check_real_operator(op: Any, where: str, *, per_sample: bool = False) -> Non
             )
         )
     op.require_real(where)
+
+
+def check_symmetric(op: LinearOperator, where: str, mend: str = "") -> None:
+    """Refuse an operator that is not symmetric."""
+    if not op.symmetric:
+        raise ArgumentError(message(where, "the operator is not symmetric", mend))
 
 
 def _sum_of(first: MatVec, second: MatVec) -> MatVec:

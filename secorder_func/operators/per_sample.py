@@ -27,10 +27,11 @@ from secorder_func.transforms.forms import (
     forms_of_samples,
     propagated_to_second_order,
 )
-from secorder_func.transforms.gauss_newton import flat_model, ggnvp
+from secorder_func.transforms.gauss_newton import flat_model, ggnvp, outputs_function
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.independence import (
     LOOKED_AT,
+    fixed_normal,
     refuse_dependent_losses,
     refuse_dependent_outputs,
     watched,
@@ -326,10 +327,7 @@ def _gauss_newton(
 
     state = RandomState.now(leaves)
 
-    def outputs_of(at: Leaves, some: tuple[Any, Any]) -> Leaves:
-        one = flat_model(model_fn, loss_fn, unflatten(at), *some, where=where)
-        return one.outputs_at(forward=False, higher=False)(tuple(at))[0]
-
+    outputs_of = outputs_function(model_fn, loss_fn, unflatten, where)
     at = tuple(leaves)
     whole = samples.restore(samples.tensors)
     outputs, random = watched(lambda: outputs_of(at, whole), at, where)
@@ -382,11 +380,7 @@ def _refuse_dependent_loss(
     model = flat_model(model_fn, loss_fn, params, *some.restore(some.tensors), where=where)
     with state.replayed(), out_of_inference_mode(), torch.no_grad():
         smooth, others = model.outputs_at(forward=False, higher=False)(model.leaves)
-    generator = torch.Generator().manual_seed(7)
-    ways = [
-        torch.randn(z.shape, dtype=torch.float64, generator=generator).to(z.device, z.dtype)
-        for z in smooth
-    ]
+    ways = fixed_normal(smooth)
     parts = (smooth, ways, others, some.tensors)
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     held = Samples(tuple(t for part in parts for t in part), tuple)
@@ -400,9 +394,9 @@ def _refuse_dependent_loss(
         outputs = model.assembled(moved, tuple(tensors[ends[1] : ends[2]]))
         return checked_value(loss_fn(outputs, some.restore(tensors[ends[2] :])[1]), where)
 
-    step = torch.zeros_like(smooth[0].real.flatten()[0]) if smooth[0].numel() else None
-    if step is None:
+    if not smooth[0].numel():
         return
+    step = torch.zeros_like(smooth[0].real.flatten()[0])
     refuse_dependent_losses(loss_of, (step,), held, state, False, where)
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "ggn_propagated",
     "ggn_pullbacks",
     "ggnvp",
+    "outputs_function",
 ]
 
 
@@ -243,6 +244,18 @@ def flat_model(
         unflatten=unflatten,
         where=where,
     )
+
+
+def outputs_function(
+    model_fn: ModelFn, loss_fn: LossFn, unflatten: tree.Unflatten, where: str
+) -> Callable[[Leaves, Any], Leaves]:
+    """Return (leaves, (inputs, targets)) -> the differentiable outputs of the model."""
+
+    def outputs(at: Leaves, batch: tuple[Any, Any]) -> Leaves:
+        model = flat_model(model_fn, loss_fn, unflatten(at), *batch, where=where)
+        return model.outputs_at(forward=False, higher=False)(tuple(at))[0]
+
+    return outputs
 
 
 def ggn_forward(model: FlatModel, vector: Leaves, *, higher: bool) -> Leaves:

@@ -27,7 +27,10 @@ from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.samples import Samples
 
 __all__ = [
+    "LOOKED_AT",
     "MIXED",
+    "fixed_normal",
+    "looking",
     "outputs_alone",
     "refuse_dependent_losses",
     "refuse_dependent_outputs",
@@ -93,10 +96,10 @@ def refuse_dependent_losses(
     whether other samples in its place make a difference to half of them; a single number is then not looked at.
     """
     some = samples.some(LOOKED_AT)
-    direction = _normal(leaves)
-    weights = _normal((leaves[0].new_zeros(some.count),))[0].abs() + 0.5
+    direction = fixed_normal(leaves)
+    weights = fixed_normal((leaves[0].new_zeros(some.count),))[0].abs() + 0.5
     whole = some.restore(some.tensors)
-    with _looking(state):
+    with looking(state):
         value = evaluated(lambda rules: loss_of(leaves, whole), forward=False, higher=False)
     each = value.shape == (some.count,)
     eps = max(torch.finfo(t.dtype).eps for t in (value, *leaves))
@@ -106,7 +109,7 @@ def refuse_dependent_losses(
             found = loss_of(at, batch)
             return found.sum() if kept is None else (found * kept.to(found)).sum()
 
-        with _looking(state):
+        with looking(state):
             return _measured(total, leaves, direction)
 
     if random:
@@ -119,7 +122,7 @@ def refuse_dependent_losses(
         if not _near(pair[0], pair[1], pair[1].abs().sum(), eps):
             raise ArgumentError(message(where, f"{MIXED}: others change their losses", _OUT))
         return
-    with _looking(state):
+    with looking(state):
         alone = vmap(
             lambda row: _measured(lambda at: loss_of(at, some.alone(row)).sum(), leaves, direction),
             randomness="same",
@@ -178,14 +181,14 @@ def refuse_dependent_outputs(
         def kept(batch: Any) -> Callable[[Leaves], Leaves]:
             return lambda at: tuple(z[:half] for z in outputs_of(at, batch))
 
-        with _looking(state):
+        with looking(state):
             first = kept(whole)
             second = kept(other.restore(other.tensors))
             same = half == some.count or same_pullbacks(first, second, leaves, state)
         if not same:
             raise ArgumentError(message(where, problem, _OUT))
         return
-    with _looking(state):
+    with looking(state):
         if not same_pullbacks(
             lambda at: outputs_of(at, whole), outputs_alone(outputs_of, some), leaves, state
         ):
@@ -216,7 +219,7 @@ def same_pullbacks(
     (values, pull), (others, pull_other) = found
     if not all(agree(a, b) for a, b in zip(values, others, strict=True)):
         return False
-    cotangents = _normal(values)
+    cotangents = fixed_normal(values)
     (one,), (two,) = pull(cotangents), pull_other(cotangents)
     apart = sum(float((a - b).abs().square().sum()) for a, b in zip(one, two, strict=True)) ** 0.5
     size = sum(float(b.abs().square().sum()) for b in two) ** 0.5
@@ -259,7 +262,7 @@ def _near(found: Tensor, expected: Tensor, scale: Tensor, eps: float) -> bool:
     return bool(same.all())
 
 
-def _normal(likes: Sequence[Tensor]) -> Leaves:
+def fixed_normal(likes: Sequence[Tensor]) -> Leaves:
     """Return random numbers that are always the same, whatever the caller's generators."""
     generator = torch.Generator().manual_seed(20)
     return tuple(
@@ -269,7 +272,7 @@ def _normal(likes: Sequence[Tensor]) -> Leaves:
 
 
 @contextmanager
-def _looking(state: RandomState) -> Iterator[None]:
+def looking(state: RandomState) -> Iterator[None]:
     """Draw the random numbers of a state, out of inference mode, and without vmap's advice."""
     with state.replayed(), out_of_inference_mode(), torch.enable_grad(), without_vmap_warnings():
         yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +12,16 @@ from torch import Tensor
 from torch.func import vmap
 
 from secorder_func.errors import ArgumentError
-from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
-from secorder_func.rules.torch_func import grad, vjp, vjp_aux, without_vmap_warnings
-from secorder_func.transforms.gauss_newton import FlatModel, flat_model
-from secorder_func.transforms.independence import outputs_alone, same_pullbacks
+from secorder_func.rules.torch_func import grad, vjp, vjp_aux
+from secorder_func.transforms.gauss_newton import FlatModel, flat_model, outputs_function
+from secorder_func.transforms.independence import (
+    LOOKED_AT,
+    fixed_normal,
+    looking,
+    outputs_alone,
+    same_pullbacks,
+)
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.samples import Samples
 from secorder_func.typing import LossFn, ModelFn, Tree
@@ -27,7 +31,6 @@ __all__ = ["OutputSpace", "space_of_batch", "space_of_samples"]
 _MOST_OUTPUTS = 1024
 _MOST_ENTRIES = 2**23
 _AT_ONCE = 64
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def space_of_samples(
     `samples` holds `(inputs, targets)`; random numbers are those of a state.
     """
     alone = _Alone(model_fn, loss_fn, params, samples, where)
-    with _evaluating(state):
+    with looking(state):
         outputs, others = _in_chunks(alone.outputs, samples.tensors)
 
         def total(at: Leaves) -> Tensor:
@@ -121,7 +124,7 @@ def space_of_batch(
 
     Then the matrices add up to that of the loss of the batch. None if there are too many outputs, or complex ones.
     """
-    with _evaluating(state):
+    with looking(state):
         outputs_of = model.outputs_at(forward=False, higher=False)
         outputs, pull, others = vjp_aux(outputs_of, model.leaves)
         if any(z.is_complex() or not z.numel() for z in outputs):
@@ -162,11 +165,8 @@ def _if_independent(
         return None, None
     alone = _Alone(model_fn, loss_fn, params, samples, model.where)
 
-    def outputs_of(at: Leaves, some: Any) -> Leaves:
-        one = flat_model(model_fn, loss_fn, model.unflatten(at), *some, where=model.where)
-        return one.outputs_at(forward=False, higher=False)(tuple(at))[0]
-
-    some = samples.some(_LOOKED_AT)
+    outputs_of = outputs_function(model_fn, loss_fn, model.unflatten, model.where)
+    some = samples.some(LOOKED_AT)
     whole = some.restore(some.tensors)
     try:
         same = same_pullbacks(
@@ -186,10 +186,7 @@ def _acts_alone(total: Callable[[Leaves], Tensor], outputs: Leaves, count: int) 
     _, bend = vjp(grad(total), outputs)
     generator = torch.Generator().manual_seed(count)
     numbers = torch.rand(count, dtype=torch.float64, generator=generator) + 0.5
-    vectors = tuple(
-        torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device, t.dtype)
-        for t in outputs
-    )
+    vectors = fixed_normal(outputs)
 
     def scaled(tensors: Leaves) -> Leaves:
         return tuple(_along(numbers, t).to(t) * t for t in tensors)
@@ -230,7 +227,7 @@ def _blocks(total: Callable[[Leaves], Tensor], outputs: Leaves, count: int | Non
 def _pulled(
     alone: _Alone, samples: Samples, state: RandomState, chunk: slice, cotangents: Tensor
 ) -> Leaves:
-    with _evaluating(state):
+    with looking(state):
         found: Leaves = _mapped(alone.pulled)(samples.rows(chunk), cotangents)
         return found
 
@@ -247,14 +244,3 @@ def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_chunks(function: Callable[..., Any], tensors: Leaves) -> Any:
     return vmap(function, randomness="same", chunk_size=_AT_ONCE)(tensors)
-
-
-@contextmanager
-def _evaluating(state: RandomState) -> Iterator[None]:
-    with (
-        state.replayed(),
-        out_of_inference_mode(),
-        torch.enable_grad(),
-        without_vmap_warnings(),
-    ):
-        yield
