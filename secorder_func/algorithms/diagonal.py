@@ -11,12 +11,13 @@ from secorder_func.algorithms.group_sums import Operator, Sampling, exact_forms
 from secorder_func.algorithms.low_rank import (
     Products,
     RangeFinder,
+    Sketched,
     error_of_mean,
     left_out,
     mean_over_pairs,
 )
 from secorder_func.algorithms.moments import Moments
-from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
+from secorder_func.algorithms.probes import Distribution, check_distribution, rademacher
 from secorder_func.algorithms.stopping import Accumulated, Target, estimated
 from secorder_func.operators import LinearOperator, PerSampleOperator
 from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
@@ -86,12 +87,11 @@ def hutchinson_diagonal(
             vectors = tree.map(lambda leaf: leaf.unsqueeze(1), vectors)
         return tree.map(torch.mul, products, vectors)
 
-    def begin(state: State | None) -> Moments:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Moments:
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return Moments(sampling, samples, state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def xdiag(
@@ -151,38 +151,21 @@ def xdiag(
     check_symmetric(op, where, "Take hutchinson_diagonal, which needs no symmetry")
     target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
 
-    def begin(state: State | None) -> Accumulated:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Accumulated:
         return _XDiag(op, Sampling(op, seed, rademacher, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
-class _XDiag:
+class _XDiag(Sketched):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
-        self.op, self.sampling = op, sampling
+        super().__init__(op, sampling, state)
         self.range = RangeFinder(Products(op, sampling, state), state)
-        self.exact: Tensor | None = None if state is None else state["exact"]
 
-    def extend(self, total: int) -> None:
-        """Make what is missing."""
-        if total < self.op.shape[0]:
-            self.range.extend(max(1, total // 2))
-        elif self.exact is None:
-            sampling = self.sampling
-            diagonal = exact_diagonal(
-                self.op, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
-            )
-            self.exact = tree.ravel(diagonal)[0].detach()
+    def grow(self, total: int) -> None:
+        self.range.extend(max(1, total // 2))
 
-    def estimate(self, total: int) -> Estimate:
-        """Return the mean over the probes that were left out."""
-        n, unravel = self.op.shape[0], tree.ravel(self.op.like)[1]
-        if self.exact is not None:
-            zeros = torch.zeros_like(self.exact)
-            return Estimate(
-                unravel(self.exact), unravel(zeros), n, degrees_of_freedom=max(1, n - 1)
-            )
+    def values(self, total: int) -> tuple[Tensor, Tensor, int]:
         Q, AQ, R = self.range.basis, self.range.products, self.range.triangle
         probes = self.range.sketch.probes()
         k = len(Q)
@@ -194,14 +177,22 @@ class _XDiag:
         values = (Q * AQ).sum(0) - F * E + weighted * F
         step = max(1, _PAIRS_AT_ONCE // k**2)
         near = (lost.T @ lost).unsqueeze(2)
-        some = [slice(start, start + step) for start in range(0, n, step)]
+        some = [slice(start, start + step) for start in range(0, self.n, step)]
         parts = [_covariance(F[:, part], E[:, part], weighted[:, part], near) for part in some]
-        error = error_of_mean(values, torch.cat(parts))
-        return Estimate(unravel(values.mean(0)), unravel(error), 2 * k, None, k - 1)
+        return values, error_of_mean(values, torch.cat(parts)), 2 * k
 
-    def state(self) -> State:
-        """Return what it takes to go on."""
-        return {"exact": self.exact, **self.range.state()}
+    def whole(self) -> Tensor:
+        sampling = self.sampling
+        diagonal = exact_diagonal(
+            self.op, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
+        )
+        return tree.ravel(diagonal)[0]
+
+    def shaped(self, value: Tensor) -> Tree:
+        return tree.ravel(self.op.like)[1](value)
+
+    def kept(self) -> State:
+        return self.range.state()
 
 
 _PAIRS_AT_ONCE = 2**22

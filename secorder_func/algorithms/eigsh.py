@@ -25,7 +25,7 @@ from secorder_func.operators.linear_operator import check_real_operator, check_s
 from secorder_func.operators.outside import refuse_transforms
 from secorder_func.typing import Tree
 
-__all__ = ["eigsh"]
+__all__ = ["Which", "eigsh", "wanted_first"]
 
 Which = Literal["LA", "SA", "LM"]
 
@@ -169,6 +169,11 @@ def _begin(op: LinearOperator, v0: Tree | None, work: torch.dtype, where: str) -
     return units
 
 
+def wanted_first(values: Tensor, which: Which) -> Tensor:
+    """Return what is largest for the eigenvalue that is wanted most."""
+    return {"LA": values, "SA": -values, "LM": values.abs()}[which]
+
+
 class _Run:
     """Orthonormal rows `V`, their products `W`, and the projected matrix `H = V W^T`."""
 
@@ -176,7 +181,7 @@ class _Run:
         self,
         op: LinearOperator,
         k: int,
-        which: str,
+        which: Which,
         tolerance: float,
         size: int,
         seed: int,
@@ -302,8 +307,7 @@ class _Run:
                 break
         self._columns, self._lengths = [], []
         values, Y = torch.linalg.eigh(self._H[: self.count, : self.count])
-        key = {"LA": values, "SA": -values, "LM": values.abs()}[self._which]
-        order = key.argsort(descending=True, stable=True)
+        order = wanted_first(values, self._which).argsort(descending=True, stable=True)
         self._values, self._Y = values[order], Y[:, order]
         self._scale = max(self._scale, float(values.abs().max()))
         return broken
@@ -329,9 +333,8 @@ class _Run:
 
     def _better_than(self, before: Tensor) -> bool:
         """Say whether wanted values have got better than they were by more than their residuals explain."""
-        key = {"LA": self._wanted(), "SA": -self._wanted(), "LM": self._wanted().abs()}[self._which]
-        old = {"LA": before, "SA": -before, "LM": before.abs()}[self._which]
-        return bool((key > old + 2 * self.goal()).any())
+        now, old = (wanted_first(values, self._which) for values in (self._wanted(), before))
+        return bool((now > old + 2 * self.goal()).any())
 
     def _restart(self) -> None:
         """Keep the best Ritz vectors, of the wanted ones and of those after them."""
@@ -349,6 +352,7 @@ class _Run:
         x, ax = x / lengths, ax / lengths
         values = (x * ax).sum(1)
         residuals = torch.linalg.vector_norm(ax - values.unsqueeze(1) * x, dim=1)
-        key = {"LA": values, "SA": -values, "LM": values.abs()}[self._which]
-        order = key.argsort(descending=True, stable=True)  # rounding may have changed it
+        order = wanted_first(values, self._which).argsort(
+            descending=True, stable=True
+        )  # rounding may have changed it
         return values[order], x[order], residuals[order]

@@ -13,7 +13,7 @@ from secorder_func import tree
 from secorder_func.algorithms.eigsh import Which, eigsh
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import GroupSums, Sampling
-from secorder_func.algorithms.probes import draw_seed, rademacher
+from secorder_func.algorithms.probes import rademacher
 from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
@@ -148,12 +148,11 @@ def layer_curvature(
         sums = [torch.stack([forms[i] for i in rows]).sum(0) for rows in chosen.values()]
         return torch.stack(sums, 1)
 
-    def begin(state: State | None) -> GroupSums:
-        seed = draw_seed(generator)
+    def begin(seed: int, state: State | None) -> GroupSums:
         sampling = Sampling(op, seed, rademacher, chunk_size, memory_budget, where)
         return GroupSums(sampling, parts, None, state)
 
-    traces = estimated(target, None, begin, where)
+    traces = estimated(target, None, generator, begin, where)
     leaves, names = tree.flatten(op.like)[0], tree.names(op.like)
     values = residuals = None
     converged = True

@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.algorithms.estimate import State
+from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Sampling
 from secorder_func.algorithms.wide import wide
 from secorder_func.errors import NonFiniteError, message
 from secorder_func.operators import LinearOperator
 from secorder_func.typing import Tree
 
-__all__ = ["Products", "RangeFinder", "error_of_mean", "left_out", "mean_over_pairs"]
+__all__ = [
+    "Products",
+    "RangeFinder",
+    "Sketched",
+    "error_of_mean",
+    "left_out",
+    "mean_over_pairs",
+]
 
 
 class Products:
@@ -130,6 +137,55 @@ class RangeFinder:
             "triangle": self.triangle,
             "products": self.products,
         }
+
+
+class Sketched:
+    """An estimator that keeps a sketch; exact where that is cheaper."""
+
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        self.op, self.sampling = op, sampling
+        self.n = op.shape[0]
+        self.exact: Tensor | None = None if state is None else state["exact"]
+
+    def extend(self, total: int) -> None:
+        """Make what is missing."""
+        if total < self.n:
+            self.grow(total)
+        elif self.exact is None:
+            self.exact = self.whole().detach()
+
+    def estimate(self, total: int) -> Estimate:
+        """Return the mean of the values, or the exact answer."""
+        if self.exact is not None:
+            value, error = self.shaped(self.exact), self.shaped(torch.zeros_like(self.exact))
+            return Estimate(value, error, self.n, degrees_of_freedom=max(1, self.n - 1))
+        values, error, spent = self.values(total)
+        mean = self.shaped(values.mean(0))
+        return Estimate(mean, self.shaped(error), spent, None, len(values) - 1)
+
+    def state(self) -> State:
+        """Return what it takes to go on."""
+        return {"exact": self.exact, **self.kept()}
+
+    def grow(self, total: int) -> None:
+        """Make the products that are missing, of fewer than the space has entries."""
+        raise NotImplementedError
+
+    def values(self, total: int) -> tuple[Tensor, Tensor, int]:
+        """Return values with the answer as their mean, the error of their mean, and how many products they took."""
+        raise NotImplementedError
+
+    def whole(self) -> Tensor:
+        """Return the exact answer, by as many products as the space has entries."""
+        raise NotImplementedError
+
+    def shaped(self, value: Tensor) -> Tree:
+        """Return an answer as the user gets it."""
+        raise NotImplementedError
+
+    def kept(self) -> State:
+        """Return the products."""
+        raise NotImplementedError
 
 
 def left_out(triangle: Tensor) -> tuple[Tensor, Tensor, Tensor]:

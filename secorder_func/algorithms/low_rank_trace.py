@@ -10,11 +10,12 @@ from secorder_func.algorithms.group_sums import Sampling
 from secorder_func.algorithms.low_rank import (
     Products,
     RangeFinder,
+    Sketched,
     error_of_mean,
     left_out,
     mean_over_pairs,
 )
-from secorder_func.algorithms.probes import draw_seed, rademacher, sphere
+from secorder_func.algorithms.probes import rademacher, sphere
 from secorder_func.algorithms.stopping import Accumulated, Target, estimated
 from secorder_func.algorithms.trace import exact_trace
 from secorder_func.errors import ArgumentError, message
@@ -82,13 +83,12 @@ def hutchpp_trace(
     where = "hutchpp_trace"
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)
 
-    def begin(state: State | None) -> Accumulated:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Accumulated:
         sketch = Sampling(op, seed, rademacher, chunk_size, memory_budget, where)
         rest = Sampling(op, _other(seed), rademacher, chunk_size, memory_budget, where)
         return _HutchPP(op, sketch, rest, state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def xtrace(
@@ -149,11 +149,10 @@ def xtrace(
     where = "xtrace"
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)
 
-    def begin(state: State | None) -> Accumulated:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Accumulated:
         return _XTrace(op, Sampling(op, seed, sphere, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def xnystrace(
@@ -215,11 +214,10 @@ def xnystrace(
     target = _checked(op, num_matvecs, rtol, atol, max_matvecs, where)
     check_symmetric(op, where, "Take xtrace, which needs no symmetry")
 
-    def begin(state: State | None) -> Accumulated:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Accumulated:
         return _XNysTrace(op, Sampling(op, seed, sphere, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def _checked(
@@ -239,51 +237,18 @@ def _other(seed: int) -> int:
     return seed ^ 0x5DEECE66D
 
 
-class _Sketched:
-    """What the three have in common: the exact trace where that is cheaper."""
+class _SketchedTrace(Sketched):
+    def whole(self) -> Tensor:
+        sampling = self.sampling
+        return exact_trace(
+            self.op, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
+        )
 
-    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
-        self.op, self.sampling = op, sampling
-        self.n = op.shape[0]
-        self.exact: Tensor | None = None if state is None else state["exact"]
-
-    def extend(self, total: int) -> None:
-        """Make what is missing."""
-        if total < self.n:
-            self.grow(total)
-        elif self.exact is None:
-            sampling = self.sampling
-            self.exact = exact_trace(
-                self.op, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
-            ).detach()
-
-    def estimate(self, total: int) -> Estimate:
-        """Return the estimate."""
-        if self.exact is not None:
-            zero = torch.zeros_like(self.exact)
-            return Estimate(self.exact, zero, self.n, degrees_of_freedom=max(1, self.n - 1))
-        values, error, spent = self.values(total)
-        dtype = self.op.dtype
-        return Estimate(values.mean().to(dtype), error.to(dtype), spent, None, len(values) - 1)
-
-    def state(self) -> State:
-        """Return what it takes to go on."""
-        return {"exact": self.exact, **self.kept()}
-
-    def grow(self, total: int) -> None:
-        """Make the products that are missing, of fewer than the space has entries."""
-        raise NotImplementedError
-
-    def values(self, total: int) -> tuple[Tensor, Tensor, int]:
-        """Return values with the trace as their mean, the error of their mean, and how many products they took."""
-        raise NotImplementedError
-
-    def kept(self) -> State:
-        """Return the products."""
-        raise NotImplementedError
+    def shaped(self, value: Tensor) -> Tensor:
+        return value.to(self.op.dtype)
 
 
-class _HutchPP(_Sketched):
+class _HutchPP(_SketchedTrace):
     def __init__(
         self, op: LinearOperator, sketch: Sampling, rest: Sampling, state: State | None
     ) -> None:
@@ -308,7 +273,7 @@ class _HutchPP(_Sketched):
         return {**self.range.state(), "rest": self.rest.state()}
 
 
-class _XTrace(_Sketched):
+class _XTrace(_SketchedTrace):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
         super().__init__(op, sampling, state)
         self.range = RangeFinder(Products(op, sampling, state), state)
@@ -355,7 +320,7 @@ class _XTrace(_Sketched):
         return self.range.state()
 
 
-class _XNysTrace(_Sketched):
+class _XNysTrace(_SketchedTrace):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
         super().__init__(op, sampling, state)
         self.sketch = Products(op, sampling, state)

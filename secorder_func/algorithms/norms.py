@@ -9,7 +9,7 @@ from secorder_func import tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import GroupSums, Sampling
 from secorder_func.algorithms.moments import Moments
-from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
+from secorder_func.algorithms.probes import Distribution, check_distribution, rademacher
 from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.linear_operator import check_real_operator
@@ -54,12 +54,11 @@ def hutchinson_squared_frobenius_norm(
         products = op.mm(vectors, chunk_size=None)
         return tree.batched_dot(products, products)
 
-    def begin(state: State | None) -> GroupSums:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> GroupSums:
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return GroupSums(sampling, squares, None, state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def hutchinson_squared_row_norms(
@@ -97,9 +96,8 @@ def hutchinson_squared_row_norms(
     def squares(vectors: Tree) -> Tree:
         return tree.map(torch.square, op.mm(vectors, chunk_size=None))
 
-    def begin(state: State | None) -> Moments:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> Moments:
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return Moments(sampling, squares, state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)

@@ -13,7 +13,7 @@ from secorder_func.algorithms.wide import wide
 from secorder_func.checks import check_count, check_number, check_params, check_positive
 from secorder_func.errors import ArgumentError, NonFiniteError, message
 from secorder_func.operators import LinearOperator
-from secorder_func.operators.linear_operator import check_real_operator
+from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["diagonal_preconditioner", "nystrom_preconditioner"]
@@ -134,8 +134,7 @@ def nystrom_preconditioner(
     """
     where = "nystrom_preconditioner"
     check_real_operator(op, where)
-    if not op.symmetric:
-        raise ArgumentError(message(where, "the operator is not symmetric"))
+    check_symmetric(op, where)
     check_count(rank, where, name="rank")
     check_positive(damping, where, name="damping")
     added = float(damping)

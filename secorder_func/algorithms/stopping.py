@@ -20,6 +20,7 @@ from secorder_func.errors import (
     message,
     warn_user,
 )
+from secorder_func.seeds import draw_seed
 from secorder_func.typing import Tree
 
 __all__ = ["Target", "estimated"]
@@ -79,16 +80,23 @@ class Target:
 
 
 def estimated(
-    target: Target, resume: Any, begin: Callable[[State | None], Accumulated], where: str
+    target: Target,
+    resume: Any,
+    generator: torch.Generator | None,
+    begin: Callable[[int, State | None], Accumulated],
+    where: str,
 ) -> Estimate:
     """Return the estimate that meets a target, from the beginning or from where another one stopped.
+
+    `begin(seed, state)` is given the generator's next value, or the seed and the state of an estimate to be continued.
 
     Looking at an error that is itself estimated and stopping when it happens to be small would stop too early. So it
     is looked at seldom, first after 16 products, and each time with a risk of its own: `1/(j (j + 1))` of 5 % at look
     `j`. These add up to 5 % at most, however often one looks.
     """
     state = None if resume is None else _state_of(resume, where)
-    gathered = begin(state)
+    seed = draw_seed(generator) if state is None else state["seed"]
+    gathered = begin(seed, state)
     done, looks = (0, 0) if state is None else (int(state["total"]), int(state["looks"]))
     if target.num_matvecs is not None:
         if target.num_matvecs < done:

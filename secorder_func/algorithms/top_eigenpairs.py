@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.algorithms.eigenpairs import Eigenpairs
+from secorder_func.algorithms.eigsh import wanted_first
 from secorder_func.algorithms.flat_product import least_tolerance
 from secorder_func.algorithms.probes import draw_seed, normal
 from secorder_func.checks import check_count, check_positive
@@ -152,7 +153,7 @@ def _check_per_sample(op: Any, where: str) -> None:
 
 def _by_iteration(
     op: PerSampleOperator,
-    which: str,
+    which: Which,
     tolerance: float,
     most: int,
     seed: int,
@@ -185,7 +186,7 @@ def _by_iteration(
 class _Krylov:
     """Orthonormal vectors of some samples, their products, and the best Ritz pair of each."""
 
-    def __init__(self, op: PerSampleOperator, samples: slice, start: Tensor, which: str) -> None:
+    def __init__(self, op: PerSampleOperator, samples: slice, start: Tensor, which: Which) -> None:
         self._op, self._samples, self._which = op, samples, which
         self._unravel = tree.ravel(op.like)[1]
         count = len(range(op.num_samples)[samples])
@@ -243,8 +244,7 @@ class _Krylov:
         far = 1 + 2 * T.abs().sum(2).amax(1, keepdim=True)
         aside = {"LM": 0.0, "LA": -1.0, "SA": 1.0}[self._which] * far * ~self._alive
         values, Y = torch.linalg.eigh(T + torch.diag_embed(aside))
-        wanted = {"LM": values.abs(), "LA": values, "SA": -values}[self._which]
-        order = wanted.argsort(dim=1, descending=True, stable=True)
+        order = wanted_first(values, self._which).argsort(dim=1, descending=True, stable=True)
         return order, torch.diagonal(Y.mT @ T @ Y, dim1=1, dim2=2), Y
 
     def _restart(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import GroupSums, Operator, Sampling, exact_forms
-from secorder_func.algorithms.probes import Distribution, check_distribution, draw_seed, rademacher
+from secorder_func.algorithms.probes import Distribution, check_distribution, rademacher
 from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.operators.linear_operator import check_real_operator
 from secorder_func.typing import ChunkSize, Tree
@@ -102,12 +102,11 @@ def hutchinson_trace(
     target = Target.checked(num_matvecs, rtol, atol, max_matvecs, op.shape[0], where)
     check_distribution(distribution, where)
 
-    def begin(state: State | None) -> GroupSums:
-        seed = draw_seed(generator) if state is None else state["seed"]
+    def begin(seed: int, state: State | None) -> GroupSums:
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return GroupSums(sampling, op.quadratic_forms, op.forms, state)
 
-    return estimated(target, resume, begin, where)
+    return estimated(target, resume, generator, begin, where)
 
 
 def exact_trace(
