@@ -8,6 +8,7 @@ tensor([6., 0.])
 
 from secorder_func import errors, taylor, tree
 from secorder_func.algorithms import (
+    Checkpoint,
     Eigenpairs,
     Estimate,
     LayerCurvature,
@@ -37,9 +38,10 @@ from secorder_func.algorithms import (
     xnystrace,
     xtrace,
 )
-from secorder_func.errors import CurvatureFallbackWarning, NoExactRouteError
+from secorder_func.errors import CheckpointError, CurvatureFallbackWarning, NoExactRouteError
 from secorder_func.nn import functional_loss, functional_model
 from secorder_func.operators import (
+    Batches,
     LinearOperator,
     PerSampleOperator,
     empirical_fisher_operator,
@@ -51,6 +53,8 @@ from secorder_func.operators import (
     per_sample_ggn_operator,
     per_sample_hessian_operator,
 )
+from secorder_func.progress import progress
+from secorder_func.running import interruptible
 from secorder_func.transforms import (
     bilinear_form,
     finite_difference_hvp,
@@ -64,10 +68,12 @@ from secorder_func.transforms import (
     rule_kinds,
 )
 from secorder_func.verify import Verification, verify
-
-__version__ = "0.1.0"
+from secorder_func.version import __version__ as __version__
 
 __all__ = [
+    "Batches",
+    "Checkpoint",
+    "CheckpointError",
     "CurvatureFallbackWarning",
     "Eigenpairs",
     "Estimate",
@@ -102,6 +108,7 @@ __all__ = [
     "hutchpp_trace",
     "hvp",
     "hvp_and_grad",
+    "interruptible",
     "laplacian",
     "layer_curvature",
     "likelihoods",
@@ -114,6 +121,7 @@ __all__ = [
     "per_sample_ggn_operator",
     "per_sample_hessian_operator",
     "probes",
+    "progress",
     "quadratic_form",
     "random_direction",
     "rule_kinds",

@@ -9,6 +9,7 @@ import warnings
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "CheckpointError",
     "ConvergenceWarning",
     "CurvatureFallbackWarning",
     "HiddenParameterError",
@@ -52,6 +53,10 @@ class ArgumentError(ValueError, RuntimeError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument, or what a user's function returned, is of the wrong type."""
+
+
+class CheckpointError(ArgumentError):
+    """A checkpoint is damaged, or belongs to another problem, version or setting."""
 
 
 class NonFiniteError(ArithmeticError):

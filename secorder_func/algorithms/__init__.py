@@ -2,6 +2,7 @@
 
 from secorder_func.algorithms import probes
 from secorder_func.algorithms.cg import cg
+from secorder_func.algorithms.checkpoint import Checkpoint
 from secorder_func.algorithms.density import SpectralDensity, spectral_density
 from secorder_func.algorithms.diagonal import exact_diagonal, hutchinson_diagonal, xdiag
 from secorder_func.algorithms.directions import filter_normalized, random_direction
@@ -26,6 +27,7 @@ from secorder_func.algorithms.top_eigenpairs import top_eigenpairs
 from secorder_func.algorithms.trace import exact_trace, hutchinson_trace
 
 __all__ = [
+    "Checkpoint",
     "Eigenpairs",
     "Estimate",
     "LayerCurvature",

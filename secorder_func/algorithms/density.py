@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secorder_func import tree
-from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.krylov_spaces import krylov_spaces
+from secorder_func import running, tree
+from secorder_func.algorithms.checkpoint import CheckpointLike, keeping
+from secorder_func.algorithms.estimate import Estimate, State
+from secorder_func.algorithms.krylov_spaces import KrylovSpaces
 from secorder_func.algorithms.probes import draw_seed, sphere
 from secorder_func.checks import check_callable, check_count, check_positive
-from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConvergenceWarning,
+    message,
+    warn_user,
+)
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.chunks import default_memory_budget
 from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
@@ -165,6 +172,7 @@ def spectral_density(
     num_steps: int = 64,
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
+    checkpoint: CheckpointLike = None,
 ) -> SpectralDensity:
     """Estimate the distribution of the eigenvalues by stochastic Lanczos quadrature.
 
@@ -181,6 +189,8 @@ def spectral_density(
     memory_budget
         Bytes for the Krylov spaces, `num_steps` vectors each, of the vectors that are worked on together; by default 8
         times that of `LinearOperator.mm`, and room for at least one.
+    checkpoint
+        A file in which it is kept while it runs, and from which it goes on if it was interrupted; see `Checkpoint`.
 
     Returns
     -------
@@ -233,14 +243,107 @@ def spectral_density(
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     together = max(1, budget // (steps * n * work.itemsize))
     seed = draw_seed(generator)
-    nodes, weights = [], []
-    for first in range(0, num_vectors, together):
-        rows = range(first, min(first + together, num_vectors))
-        start = tree.ravel(sphere(seed, rows, op.like), batch_dims=1)[0].to(work)
-        T, _ = krylov_spaces(op, start / math.sqrt(n), steps, where)
-        values, vectors = torch.linalg.eigh(T)
-        nodes.append(values)
-        weights.append(vectors[:, 0, :] ** 2)
-    every = torch.cat(nodes)
-    resolution = 10 * torch.finfo(work).eps * float(every.abs().max())
-    return SpectralDensity(every, torch.cat(weights), n, num_vectors * steps, resolution)
+    settings = {
+        "seed": None if generator is None else seed,
+        "num_vectors": num_vectors,
+        "num_steps": num_steps,
+        "memory_budget": memory_budget,
+    }
+    run = _Run(op, num_vectors, steps, together, work, where)
+    with (
+        keeping(checkpoint, op, where, settings),
+        running.task(where, num_vectors * steps, "products", run.state) as task,
+    ):
+        run.begin(seed, task.resumed)
+        task.done = run.spent
+        return run.to_the_end()
+
+
+class _Run:
+    """The quadratures of the random vectors that are done, and the Krylov spaces of those that are worked on."""
+
+    def __init__(
+        self,
+        op: LinearOperator,
+        count: int,
+        steps: int,
+        together: int,
+        work: torch.dtype,
+        where: str,
+    ) -> None:
+        self._op, self._count, self._steps, self._together = op, count, steps, together
+        self._work, self._where = work, where
+        self._nodes: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._seed = 0
+        self._spaces: KrylovSpaces | None = None
+
+    @property
+    def done(self) -> int:
+        """How many vectors are done."""
+        return sum(map(len, self._nodes))
+
+    @property
+    def spent(self) -> int:
+        """How many products were made."""
+        within = 0 if self._spaces is None else self._spaces.done * len(self._spaces.Q)
+        return self.done * self._steps + within
+
+    def begin(self, seed: int, state: State | None) -> None:
+        """Begin, or go on from a state."""
+        self._seed = seed
+        if state is not None:
+            self._seed = state["seed"]
+            self._nodes, self._weights = list(state["nodes"]), list(state["weights"])
+            if state["spaces"] is not None:
+                self._spaces = self._begun()
+                self._spaces.resume(state["spaces"])
+
+    def state(self) -> State:
+        """Return what it takes to go on."""
+        return {
+            "seed": self._seed,
+            "nodes": self._nodes,
+            "weights": self._weights,
+            "spaces": None if self._spaces is None else self._spaces.state(),
+        }
+
+    def to_the_end(self) -> SpectralDensity:
+        """Return the density of all vectors, or of what there is when it is cancelled."""
+        try:
+            while self.done < self._count:
+                if self._spaces is None:
+                    self._spaces = self._begun()
+                self._spaces.run()
+                self._add(self._spaces)
+        except running.Cancelled:
+            if not self._nodes and (self._spaces is None or not self._spaces.done):
+                raise
+            problem = f"cancelled after {self.spent} of {self._count * self._steps} products"
+            mend = (
+                "The density is of those: its polynomials are of lower degree, or its errors larger"
+            )
+            warn_user(message(self._where, problem, mend), ConvergenceWarning)
+            spent = self.spent
+            if not self._nodes:
+                assert self._spaces is not None
+                self._add(self._spaces)
+            return self._density(spent)
+        return self._density(self.spent)
+
+    def _begun(self) -> KrylovSpaces:
+        rows = range(self.done, min(self.done + self._together, self._count))
+        n = self._op.shape[0]
+        start = tree.ravel(sphere(self._seed, rows, self._op.like), batch_dims=1)[0].to(self._work)
+        return KrylovSpaces(self._op, start / math.sqrt(n), self._steps, self._where)
+
+    def _add(self, spaces: KrylovSpaces) -> None:
+        values, vectors = torch.linalg.eigh(spaces.projected())
+        self._spaces = None
+        self._nodes.append(values)
+        self._weights.append(vectors[:, 0, :] ** 2)
+
+    def _density(self, spent: int) -> SpectralDensity:
+        nodes, weights = torch.cat(self._nodes), torch.cat(self._weights)
+        resolution = 10 * torch.finfo(self._work).eps * float(nodes.abs().max())
+        return SpectralDensity(nodes, weights, self._op.shape[0], spent, resolution)

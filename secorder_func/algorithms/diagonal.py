@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.group_sums import Operator, Sampling, exact_forms
+from secorder_func.algorithms.group_sums import Operator, Sampling, exact_forms, settings_of
 from secorder_func.algorithms.low_rank import (
-    Products,
     RangeFinder,
     Sketched,
     error_of_mean,
@@ -35,6 +35,7 @@ def hutchinson_diagonal(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -44,7 +45,7 @@ def hutchinson_diagonal(
 
     Parameters
     ----------
-    op, num_matvecs, rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget, distribution
+    op, num_matvecs, rtol, atol, max_matvecs, resume, checkpoint, generator, chunk_size, memory_budget, distribution
         As for `hutchinson_trace`.
 
     Returns
@@ -91,7 +92,8 @@ def hutchinson_diagonal(
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return Moments(sampling, samples, state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget, distribution)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def xdiag(
@@ -103,6 +105,7 @@ def xdiag(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -116,7 +119,7 @@ def xdiag(
     num_matvecs
         How many products, an even number of them is made: half for the sketch, half for its basis. From the size of
         the space on, the exact diagonal is returned.
-    rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget
+    rtol, atol, max_matvecs, resume, checkpoint, generator, chunk_size, memory_budget
         As for `hutchinson_trace`. Two and a half times `num_matvecs` vectors are kept.
 
     Returns
@@ -154,13 +157,14 @@ def xdiag(
     def begin(seed: int, state: State | None) -> Accumulated:
         return _XDiag(op, Sampling(op, seed, rademacher, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 class _XDiag(Sketched):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
         super().__init__(op, sampling, state)
-        self.range = RangeFinder(Products(op, sampling, state), state)
+        self.range = RangeFinder(op, sampling, state)
 
     def grow(self, total: int) -> None:
         self.range.extend(max(1, total // 2))
@@ -180,6 +184,9 @@ class _XDiag(Sketched):
         some = [slice(start, start + step) for start in range(0, self.n, step)]
         parts = [_covariance(F[:, part], E[:, part], weighted[:, part], near) for part in some]
         return values, error_of_mean(values, torch.cat(parts)), 2 * k
+
+    def cut(self) -> int:
+        return 2 * self.range.cut()
 
     def whole(self) -> Tensor:
         sampling = self.sampling

@@ -7,11 +7,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
+from secorder_func.algorithms.checkpoint import CheckpointLike, keeping
 from secorder_func.algorithms.eigenpairs import Eigenpairs
+from secorder_func.algorithms.estimate import State
 from secorder_func.algorithms.flat_product import least_tolerance
 from secorder_func.algorithms.probes import draw_seed, normal
 from secorder_func.checks import check_count, check_like, check_positive
+from secorder_func.digest import digest
 from secorder_func.errors import (
     ArgumentError,
     ConvergenceWarning,
@@ -44,6 +47,7 @@ def eigsh(
     v0: Tree | None = None,
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
+    checkpoint: CheckpointLike = None,
 ) -> Eigenpairs:
     r"""Return `k` outermost eigenvalues of a symmetric operator with their eigenvectors.
 
@@ -69,6 +73,8 @@ def eigsh(
     memory_budget
         Bytes for the vectors that are kept, two for each dimension of the Krylov space; by default 8 times that of
         `LinearOperator.mm`, and room for at least `2 k + 16` of them.
+    checkpoint
+        A file in which it is kept while it runs, and from which it goes on if it was interrupted; see `Checkpoint`.
 
     Returns
     -------
@@ -135,8 +141,24 @@ def eigsh(
     most = max(20 * k, 200) if max_matvecs is None else max_matvecs
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     size = min(n, max(2 * k + 16, budget // (2 * n * work.itemsize)))
-    run = _Run(op, k, which, tolerance, size, draw_seed(generator), work, where)
-    converged = run.to_the_end(begin, most)
+    seed = draw_seed(generator)
+    settings = {
+        "seed": None if generator is None else seed,
+        "k": k,
+        "which": which,
+        "rtol": float(rtol),
+        "max_matvecs": max_matvecs,
+        "memory_budget": memory_budget,
+        "v0": None if begin is None else digest(begin),
+    }
+    run = _Run(op, k, which, tolerance, size, seed, work, where)
+    with (
+        keeping(checkpoint, op, where, settings),
+        running.task(where, None, "products", run.state) as task,
+    ):
+        run.begin(begin, task.resumed)
+        task.done = run.spent
+        converged = run.to_the_end(most)
     values, vectors, residuals = run.pairs()
     if not converged:
         problem = (
@@ -174,6 +196,26 @@ def wanted_first(values: Tensor, which: Which) -> Tensor:
     return {"LA": values, "SA": -values, "LM": values.abs()}[which]
 
 
+_NAMES = (
+    "spent",
+    "converged",
+    "_columns",
+    "_lengths",
+    "_since",
+    "_drawn",
+    "_scale",
+    "_warm",
+    "_fresh",
+    "_next",
+    "_queue",
+    "_before",
+    "_seed",
+    "_values",
+    "_Y",
+)
+"""What a run consists of, beside `V`, `W` and `H`."""
+
+
 class _Run:
     """Orthonormal rows `V`, their products `W`, and the projected matrix `H = V W^T`."""
 
@@ -202,29 +244,60 @@ class _Run:
         self._since = 0
         self._drawn = 0
         self._scale = 0.0
-        self._warm = False
+        self._warm = self._fresh = False
+        self._next = self._V[:0]
+        self._queue: list[Tensor] = []
+        self.converged: bool | None = None
         self._before: Tensor | None = None  # the wanted values when a random vector was put in
         self._values = self._Y = torch.zeros(0, dtype=torch.float64)
 
-    def to_the_end(self, begin: Tensor | None, most: int) -> bool:
-        """Iterate until all pairs have converged and no other is seen; say whether that was so."""
-        queue = [] if begin is None else list(begin)
-        v = queue.pop(0) if queue else self._random()
-        warm = self._warm = begin is not None  # which may be an eigenvector of another eigenvalue
-        while True:
-            self._grow(v)
-            last = self.spent >= most or self.count == self._op.shape[0]
-            full = self.count == self._size
-            if queue and not (last or full):
-                v = self._outside(queue.pop(0))
-            elif last or full or warm or self._since >= _LOOKS_EVERY:
-                warm, queue = False, []
-                following = self._looked(most)
-                if isinstance(following, bool):
-                    return following
-                v = following
-            else:
-                v = self._outside(self._W[self.count - 1])
+    def begin(self, given: Tensor | None, state: State | None) -> None:
+        """Begin, with some vectors if they are given, or go on from a state."""
+        if state is None:
+            self._queue = [] if given is None else list(given)
+            self._warm = self._fresh = given is not None  # which may be of another eigenvalue
+            self._next = self._queue.pop(0) if self._queue else self._random()
+            return
+        self.count = len(state["V"])
+        self._V[: self.count], self._W[: self.count], self._H = state["V"], state["W"], state["H"]
+        for name in _NAMES:
+            setattr(self, name, state[name])
+
+    def state(self) -> State:
+        """Return what it takes to go on."""
+        return {
+            "V": self._V[: self.count].clone(),
+            "W": self._W[: self.count].clone(),
+            "H": self._H,
+            **{name: getattr(self, name) for name in _NAMES},
+        }
+
+    def to_the_end(self, most: int) -> bool:
+        """Iterate until all pairs have converged and no other is seen, or it is cancelled; say whether they have."""
+        try:
+            while self.converged is None:
+                self._grow(self._next)
+                last = self.spent >= most or self.count == self._op.shape[0]
+                full = self.count == self._size
+                if self._queue and not (last or full):
+                    self._next = self._outside(self._queue.pop(0))
+                elif last or full or self._fresh or self._since >= _LOOKS_EVERY:
+                    self._fresh, self._queue = False, []
+                    following = self._looked(most)
+                    if isinstance(following, bool):
+                        self.converged = following
+                    else:
+                        self._next = following
+                else:
+                    self._next = self._outside(self._W[self.count - 1])
+                running.advance(self.spent)
+        except running.Cancelled:
+            if self._columns:
+                self._solve()
+            if self.count < self._k:
+                raise
+            return bool(self.converged)
+        return self.converged
 
     def _looked(self, most: int) -> Tensor | bool:
         """Look at the residuals; return the next vector, or whether all has converged once it ends."""
@@ -343,7 +416,9 @@ class _Run:
         self._V[:kept], self._W[:kept] = x, ax
         self.count = kept
         self._H.zero_()
-        self._H[:kept, :kept] = torch.diag(self._values[:kept])
+        self._values = self._values[:kept]
+        self._Y = torch.eye(kept, dtype=self._values.dtype)
+        self._H[:kept, :kept] = torch.diag(self._values)
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the wanted values, unit vectors and residual norms."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.algorithms.files import write_whole
 from secorder_func.checks import check_number
 from secorder_func.errors import ArgumentError, message
 from secorder_func.typing import Tree
@@ -120,13 +121,7 @@ class Estimate:
         }
         target = Path(path)
         part = target.with_name(f"{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
-        try:
-            with part.open("xb") as file:
-                torch.save(content, file)
-            part.replace(target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        write_whole(content, target, part)
 
     @staticmethod
     def load(path: str | os.PathLike[str], *, like: Tree | None = None) -> Estimate:

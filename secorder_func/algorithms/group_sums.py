@@ -8,25 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.probes import Distribution, distribution_name, leaf_sampler
+from secorder_func.algorithms.stopping import Operator
 from secorder_func.algorithms.wide import wide
 from secorder_func.errors import ArgumentError, message
-from secorder_func.operators import LinearOperator, PerSampleOperator
 from secorder_func.operators.chunks import check_chunk_size
-from secorder_func.operators.forms import Forms, Plan, group_size
-from secorder_func.operators.memory import is_out_of_memory
+from secorder_func.operators.forms import Draw, FormsLike, group_size, plan_of
 from secorder_func.typing import ChunkSize, Tree
 
-__all__ = ["GroupSums", "Operator", "Sampling", "exact_forms", "mean_and_error"]
+__all__ = ["GroupSums", "Operator", "Sampling", "exact_forms", "mean_and_error", "settings_of"]
 
-Operator: TypeAlias = LinearOperator | PerSampleOperator
+
+def settings_of(
+    chunk_size: ChunkSize, memory_budget: int | None, distribution: Distribution | None = None
+) -> State:
+    """Return what the numbers of an estimator depend on, beside its probes' seed and their count."""
+    name = None if distribution is None else distribution_name(distribution)
+    return {"chunk_size": chunk_size, "memory_budget": memory_budget, "distribution": name}
 
 
 class Sampling:
@@ -95,7 +100,7 @@ class GroupSums:
         self,
         sampling: Sampling,
         value: Callable[[Tree], Tensor],
-        forms: Forms | None,
+        forms: FormsLike | None,
         state: State | None,
     ) -> None:
         self._sampling, self._value, self._forms = sampling, value, forms
@@ -104,10 +109,15 @@ class GroupSums:
         self.count = 0
         self.largest = 0
         self.by_propagation = False
+        self._aim, self._group = 0, 1
         if state is not None:
             sampling.require_same(state)
+            sampling.chunks.settle(state["taken"])
             self.sizes, self.sums = list(state["sizes"]), [state["sums"]]
             self.count, self.by_propagation = sum(self.sizes), state["by_propagation"]
+            self._aim, self._group = state["aim"], state["group"]
+            if forms is not None and state["term"] is not None:
+                forms.largest = state["term"]
 
     def extend(self, total: int) -> None:
         """Compute the numbers of the probes up to `total`."""
@@ -124,8 +134,12 @@ class GroupSums:
 
         probes = partial(self._sampling.probes, start)
         for part in self._sampling.chunks.map(probes, numbers, total - start):
-            self._add(part, 1, part.shape[0])
+            self._add(part, [1] * part.shape[0])
         self.largest = max(self.largest, self._sampling.chunks.largest)
+
+    def cut(self) -> int:
+        """Return how many probes there are: none is ever half done."""
+        return self.count
 
     def estimate(self, total: int) -> Estimate:
         """Return the mean over all probes."""
@@ -145,45 +159,45 @@ class GroupSums:
         """Return the sums so far."""
         return {
             **self._sampling.state(),
-            "sums": torch.cat(self.sums).detach(),
+            "taken": self._sampling.chunks.taken,
+            "sums": torch.cat(self.sums).detach() if self.sums else torch.zeros(0),
             "sizes": self.sizes,
             "by_propagation": self.by_propagation,
+            "aim": self._aim,
+            "group": self._group,
+            "term": None if self._forms is None else self._forms.largest,
         }
 
-    def _add(self, sums: Tensor, each: int, count: int) -> None:
+    def _add(self, sums: Tensor, sizes: list[int]) -> None:
         self.sums.append(sums)
-        self.sizes += [each] * (count // each)
-        self.count += count
+        self.sizes += sizes
+        self.count += sum(sizes)
+        running.advance(self.count)
 
     def _propagate(self, total: int) -> None:
         """Extend by propagation as far as it goes."""
         sampling, forms = self._sampling, self._forms
         if forms is None:
             return
-        group = group_size(total)
-        if sampling.chunk_size not in (None, "auto"):
-            group = _power_of_two(min(group, int(sampling.chunk_size)))
-        plan = _plan(sampling.op, sampling.chunk_size, sampling.memory_budget)
-        while self.count < total:
-            size = plan.size(total - self.count, group, forms.largest)
-            group = _power_of_two(min(group, size))
-            for count, each in _pieces(self.count, size, group):
-                try:
-                    found = forms(self._draws(count), count, count // each)
-                except RuntimeError as error:
-                    if sampling.chunk_size != "auto" or count == 1 or not is_out_of_memory(error):
-                        raise
-                    plan.halve(count)
-                    break
-                if found is None:
-                    return
-                self.by_propagation = True
-                self.largest = max(self.largest, count)
-                self._add(found, each, count)
+        plan = plan_of(
+            sampling.op.like,
+            sampling.op.device,
+            sampling.chunk_size,
+            sampling.memory_budget,
+            group_size(total),
+        )
+        if self._aim == total:  # and an interruption came between
+            plan.group = self._group
+        self._aim, self._group = total, plan.group
+        for part in forms.in_groups(self._draws, range(self.count, total), plan):
+            self.by_propagation = True
+            self.largest = max(self.largest, plan.largest)
+            self._group = plan.group
+            self._add(*part)
 
-    def _draws(self, count: int) -> Sequence[Any]:
-        """Return what draws each leaf of the next probes."""
-        sampling, probes = self._sampling, range(self.count, self.count + count)
+    def _draws(self, probes: range) -> Sequence[Any]:
+        """Return what draws each leaf of some probes."""
+        sampling = self._sampling
         leaves, _ = tree.flatten(sampling.op.like)
         sampler = leaf_sampler(sampling.distribution)
         if sampler is None:
@@ -191,24 +205,6 @@ class GroupSums:
             return [partial(torch.detach, stack) for stack in stacks]
         seed = sampling.seed
         return [partial(sampler, seed, probes, index, leaf) for index, leaf in enumerate(leaves)]
-
-
-def _pieces(start: int, size: int, group: int) -> list[tuple[int, int]]:
-    """Return the counts into which the next probes fall, and of how many each group is: groups begin at multiples."""
-    pieces = []
-    if start % group:
-        first = min(group - start % group, size)
-        pieces.append((first, first))
-        size -= first
-    if size >= group:
-        pieces.append((size - size % group, group))
-    if size % group:
-        pieces.append((size % group, size % group))
-    return pieces
-
-
-def _power_of_two(most: int) -> int:
-    return 1 << (most.bit_length() - 1)
 
 
 def _merged(sums: Tensor, sizes: list[int], group: int) -> tuple[Tensor, list[int]]:
@@ -223,12 +219,6 @@ def _merged(sums: Tensor, sizes: list[int], group: int) -> tuple[Tensor, list[in
     index = torch.tensor(places, device=sums.device)
     merged = sums.new_zeros(count, *sums.shape[1:]).index_add(0, index, sums)
     return merged, [min(group, start - place * group) for place in range(count)]
-
-
-def _plan(op: Operator, chunk_size: ChunkSize, budget: int | None) -> Plan:
-    leaves, _ = tree.flatten(op.like)
-    largest = max((leaf.numel() * leaf.element_size() for leaf in leaves), default=0)
-    return Plan(chunk_size, budget, op.device, largest)
 
 
 def mean_and_error(sums: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -256,34 +246,19 @@ def exact_forms(op: Operator, chunk_size: ChunkSize, budget: int | None) -> list
     check_chunk_size(chunk_size, budget, "exact_diagonal")
     leaves, _ = tree.flatten(op.like)
     found: list[Tensor] = []
-    for index in range(len(leaves)):
-        entries = _entries(op, forms, leaves, index, _plan(op, chunk_size, budget))
-        if entries is None:
+    for index, leaf in enumerate(leaves):
+        plan = plan_of(op.like, op.device, chunk_size, budget)
+        entries = range(leaf.numel())
+        draws = partial(_units, leaf, index, len(leaves))
+        parts = list(forms.in_groups(draws, entries, plan))
+        if sum(len(part.sizes) for part in parts) < len(entries):
             return None
-        found.append(entries)
+        sums = [part.sums for part in parts]
+        found.append(torch.cat(sums) if sums else leaf.new_zeros(0, *op.batch_shape))
     return found
 
 
-def _entries(
-    op: Operator, forms: Forms, leaves: Sequence[Tensor], index: int, plan: Plan
-) -> Tensor | None:
-    """Return the forms of the entries of one leaf; the other leaves have no terms."""
-    leaf = leaves[index]
-    parts: list[Tensor] = []
-    start = 0
-    while start < leaf.numel():
-        size = plan.size(leaf.numel() - start, 1, forms.largest)
-        draw = partial(tree.basis, leaf, start, start + size)
-        draws = [draw if place == index else None for place in range(len(leaves))]
-        try:
-            found = forms(draws, size, size)
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            plan.halve(size)
-            continue
-        if found is None:
-            return None
-        parts.append(found)
-        start += size
-    return torch.cat(parts) if parts else leaf.new_zeros(0, *op.batch_shape)
+def _units(leaf: Tensor, index: int, count: int, entries: range) -> list[Draw | None]:
+    """Return what draws unit vectors of one of so many leaves; the others have no terms."""
+    draw = partial(tree.basis, leaf, entries.start, entries.stop)
+    return [draw if place == index else None for place in range(count)]

@@ -14,7 +14,8 @@ from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.group_sums import mean_and_error
 from secorder_func.algorithms.probes import draw_seed, rademacher
 from secorder_func.checks import check_callable, check_count
-from secorder_func.operators.input_forms import group_size, input_forms
+from secorder_func.operators.forms import Draw, group_size
+from secorder_func.operators.input_forms import input_forms
 from secorder_func.typing import Tree
 
 __all__ = ["hutchinson_laplacian"]
@@ -47,25 +48,19 @@ def hutchinson_laplacian(
     def transformed(x: Tree, /, *args: Any, **kwargs: Any) -> Estimate:
         found = input_forms(f, x, args, kwargs, per_sample=per_sample, where=where)
         seed = draw_seed(generator)
-        group = group_size(num_matvecs)
-        sums: list[Tensor] = []
-        sizes: list[int] = []
-        start = largest = 0
-        while start < num_matvecs:
-            size = found.plan.size(num_matvecs - start, group, found.forms.largest)
-            each = min(group, size)
-            size -= size % each
-            stacks, _ = tree.flatten(rademacher(seed, range(start, start + size), x))
-            draws = [partial(torch.detach, stack) for stack in stacks]
-            part = found.forms(draws, size, size // each)
-            if part is None:
-                break
-            sums.append(part)
-            sizes += [each] * (size // each)
-            start, largest = start + size, max(largest, size)
-        if start == num_matvecs:
-            mean, error = mean_and_error(torch.cat(sums), sizes)
-            return Estimate(mean, error, num_matvecs, largest, len(sizes) - 1, by_propagation=True)
+
+        def draws(probes: range) -> list[Draw | None]:
+            stacks, _ = tree.flatten(rademacher(seed, probes, x))
+            return [partial(torch.detach, stack) for stack in stacks]
+
+        plan = found.plan(group_size(num_matvecs))
+        parts = list(found.forms.in_groups(draws, range(num_matvecs), plan))
+        sizes = [size for part in parts for size in part.sizes]
+        if sum(sizes) == num_matvecs:
+            mean, error = mean_and_error(torch.cat([part.sums for part in parts]), sizes)
+            return Estimate(
+                mean, error, num_matvecs, plan.largest, len(sizes) - 1, by_propagation=True
+            )
         probes = (rademacher(seed, range(k, k + 1), x) for k in range(num_matvecs))
         rows = [found.product(tree.map(lambda leaf: leaf[0], probe)) for probe in probes]
         mean, error = mean_and_error(torch.stack(rows), [1] * num_matvecs)

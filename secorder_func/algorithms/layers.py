@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.algorithms.eigsh import Which, eigsh
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.group_sums import GroupSums, Sampling
+from secorder_func.algorithms.group_sums import GroupSums, Sampling, settings_of
 from secorder_func.algorithms.probes import rademacher
 from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.errors import ArgumentError, message
@@ -152,7 +152,8 @@ def layer_curvature(
         sampling = Sampling(op, seed, rademacher, chunk_size, memory_budget, where)
         return GroupSums(sampling, parts, None, state)
 
-    traces = estimated(target, None, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget)
+    traces = estimated(op, target, None, generator, begin, where, None, settings)
     leaves, names = tree.flatten(op.like)[0], tree.names(op.like)
     values = residuals = None
     converged = True

@@ -6,11 +6,13 @@ Vectors are the rows of `(k, n)` tensors, entries in the order of `tree.ravel(op
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Sampling
 from secorder_func.algorithms.wide import wide
@@ -21,6 +23,7 @@ from secorder_func.typing import Tree
 __all__ = [
     "Products",
     "RangeFinder",
+    "Sketch",
     "Sketched",
     "error_of_mean",
     "left_out",
@@ -29,53 +32,43 @@ __all__ = [
 
 
 class Products:
-    """Random probes and their products, of which there can be more."""
+    """The products of an operator with vectors, of which there can be more."""
 
-    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+    def __init__(self, op: LinearOperator, sampling: Sampling, images: Tensor | None) -> None:
         self._op, self._sampling = op, sampling
-        self._unravel = tree.ravel(op.like)[1]
         n, dtype = op.shape[0], torch.promote_types(op.dtype, torch.float32)
-        self.images = torch.zeros(0, n, dtype=dtype, device=op.device)
-        if state is not None:
-            sampling.require_same(state)
-            self.images = state["images"]
+        self._parts = [
+            torch.zeros(0, n, dtype=dtype, device=op.device) if images is None else images
+        ]
+
+    @property
+    def images(self) -> Tensor:
+        """The products, `(k, n)`."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return self.images.shape[0]
+        return sum(len(part) for part in self._parts)
 
-    def probes(self, start: int = 0) -> Tensor:
-        """Return the probes from `start` on, drawn anew, `(k, n)`."""
-        return self._flat(self._sampling.probes(0, slice(start, self.count)))
+    def extend(self, vectors: Callable[[int, slice], Tree], count: int) -> None:
+        """Make it `count`, some at a time; `vectors(start, rows)` are the vectors, counted from `start`."""
+        start = self.count
 
-    def extend(self, count: int) -> Tensor:
-        """Make it `count`; return the products that were made."""
-        vectors = self._sampling.probes(0, slice(self.count, count))
-        images = self._flat(self._mm(vectors)) if count > self.count else self.images[:0]
-        self.images = torch.cat([self.images, images])
-        return images
+        def product(some: Tree, rows: slice) -> Tensor:
+            with torch.no_grad():
+                return self._flat(self._op.mm(some, chunk_size=None))
 
-    def of(self, vectors: Tensor) -> Tensor:
-        """Return the products with rows of one's own."""
-        if not len(vectors):
-            return vectors
-        return self._flat(self._mm(self._unravel(vectors)))
+        chunks = self._sampling.chunks
+        for part in chunks.map(partial(vectors, start), product, count - start):
+            self._parts.append(part)
+            running.further(len(part))
 
-    def state(self) -> State:
-        """Return the products so far."""
-        return {**self._sampling.state(), "images": self.images}
-
-    def _mm(self, vectors: Tree) -> Tree:
-        sampling = self._sampling
-        with torch.no_grad():
-            return self._op.mm(
-                vectors, chunk_size=sampling.chunk_size, memory_budget=sampling.memory_budget
-            )
-
-    def _flat(self, stacked: Tree) -> Tensor:
-        rows: Tensor = tree.ravel(stacked, batch_dims=1)[0]
-        return rows.detach().to(self.images.dtype)
+    def cut(self, count: int) -> None:
+        """Forget all but the first."""
+        self._parts = [self.images[:count]]
 
     def require_finite(self) -> None:
         """Refuse products with NaN or infinite entries; one synchronisation."""
@@ -84,11 +77,52 @@ class Products:
             mend = "Check the loss and its gradient at these parameters"
             raise NonFiniteError(message(self._sampling.where, problem, mend))
 
+    def _flat(self, stacked: Tree) -> Tensor:
+        rows: Tensor = tree.ravel(stacked, batch_dims=1)[0]
+        return rows.detach().to(self._parts[0].dtype)
+
+
+class Sketch:
+    """Random probes and their products."""
+
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        self._sampling = sampling
+        if state is not None:
+            sampling.require_same(state)
+            sampling.chunks.settle(state["taken"])
+        self.products = Products(op, sampling, None if state is None else state["images"])
+
+    @property
+    def images(self) -> Tensor:
+        """The products, `(k, n)`."""
+        return self.products.images
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.products.count
+
+    def probes(self) -> Tensor:
+        """Return the probes, drawn anew, `(k, n)`."""
+        stacked = self._sampling.probes(0, slice(0, self.count))
+        rows: Tensor = tree.ravel(stacked, batch_dims=1)[0]
+        return rows.detach().to(self.images.dtype)
+
+    def extend(self, count: int) -> None:
+        """Make it `count`."""
+        self.products.extend(self._sampling.probes, count)
+
+    def state(self) -> State:
+        """Return the products so far."""
+        taken = self._sampling.chunks.taken
+        return {**self._sampling.state(), "taken": taken, "images": self.images}
+
 
 class RangeFinder:
     """An orthonormal basis of the products `A W` with random probes, and the products with the basis.
 
-    It grows by blocks: what is there stays, so that products with it are not made twice.
+    It grows by blocks: what is there stays, so that products with it are not made twice. An interruption may come
+    between any two products.
 
     Attributes
     ----------
@@ -98,36 +132,36 @@ class RangeFinder:
         `(k, n)`, orthonormal rows `Q`, with `A W = Q^T R`.
     triangle
         `R`, `(k, k)`, upper triangular.
-    products
-        `A Q`, `(k, n)`.
     """
 
-    def __init__(self, sketch: Products, state: State | None) -> None:
-        self.sketch = sketch
-        self.basis = sketch.images[:0]
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        self.sketch = Sketch(op, sampling, state)
+        self.basis = self.sketch.images[:0]
         self.triangle = self.basis.new_zeros(0, 0)
-        self.products = self.basis
         if state is not None:
             self.basis, self.triangle = state["basis"], state["triangle"]
-            self.products = state["products"]
+        self._of_basis = Products(op, sampling, None if state is None else state["products"])
+        self._unravel = tree.ravel(op.like)[1]
+
+    @property
+    def products(self) -> Tensor:
+        """`A Q`, `(k, n)`."""
+        return self._of_basis.images
 
     def extend(self, count: int) -> None:
         """Make it `count` probes, two products each."""
-        old = len(self.basis)
-        if count == old:
-            return
-        images = self.sketch.extend(count)
-        self.sketch.require_finite()
-        inside = images.new_zeros(old, count - old)
-        for _ in range(2 if old else 0):  # twice is enough
-            part = self.basis @ images.T
-            images = images - part.T @ self.basis
-            inside += part
-        new, corner = torch.linalg.qr(images.T)
-        self.basis = torch.cat([self.basis, new.T])
-        lower = torch.cat([corner.new_zeros(count - old, old), corner], 1)
-        self.triangle = torch.cat([torch.cat([self.triangle, inside], 1), lower])
-        self.products = torch.cat([self.products, self.sketch.of(self.basis[old:])])
+        self.sketch.extend(count)
+        if len(self.basis) < count:
+            self.sketch.products.require_finite()
+            self._orthogonalise()
+        self._of_basis.extend(self._rows, count)
+
+    def cut(self) -> int:
+        """Forget the probes that have not had both products; return how many are left."""
+        count = self._of_basis.count
+        self.sketch.products.cut(count)
+        self.basis, self.triangle = self.basis[:count], self.triangle[:count, :count]
+        return count
 
     def state(self) -> State:
         """Return what it takes to go on."""
@@ -137,6 +171,23 @@ class RangeFinder:
             "triangle": self.triangle,
             "products": self.products,
         }
+
+    def _rows(self, start: int, rows: slice) -> Tree:
+        return self._unravel(self.basis[start + rows.start : start + rows.stop])
+
+    def _orthogonalise(self) -> None:
+        """Take the products that are new into the basis."""
+        old = len(self.basis)
+        images = self.sketch.images[old:]
+        inside = images.new_zeros(old, len(images))
+        for _ in range(2 if old else 0):  # twice is enough
+            part = self.basis @ images.T
+            images = images - part.T @ self.basis
+            inside += part
+        new, corner = torch.linalg.qr(images.T)
+        self.basis = torch.cat([self.basis, new.T])
+        lower = torch.cat([corner.new_zeros(len(corner), old), corner], 1)
+        self.triangle = torch.cat([torch.cat([self.triangle, inside], 1), lower])
 
 
 class Sketched:
@@ -153,6 +204,10 @@ class Sketched:
             self.grow(total)
         elif self.exact is None:
             self.exact = self.whole().detach()
+
+    def cut(self) -> int:
+        """Drop what is half done, and return how many products an estimate can be made from."""
+        raise NotImplementedError
 
     def estimate(self, total: int) -> Estimate:
         """Return the mean of the values, or the exact answer."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.group_sums import Sampling
+from secorder_func.algorithms.group_sums import Sampling, settings_of
 from secorder_func.algorithms.low_rank import (
-    Products,
     RangeFinder,
+    Sketch,
     Sketched,
     error_of_mean,
     left_out,
@@ -35,6 +36,7 @@ def hutchpp_trace(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -49,7 +51,7 @@ def hutchpp_trace(
         A real operator, symmetric or not.
     num_matvecs
         How many products. From the size of the space on, the exact trace is returned by as many products as that.
-    rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget
+    rtol, atol, max_matvecs, resume, checkpoint, generator, chunk_size, memory_budget
         As for `hutchinson_trace`. `num_matvecs` vectors are kept.
 
     Returns
@@ -88,7 +90,8 @@ def hutchpp_trace(
         rest = Sampling(op, _other(seed), rademacher, chunk_size, memory_budget, where)
         return _HutchPP(op, sketch, rest, state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def xtrace(
@@ -100,6 +103,7 @@ def xtrace(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -114,7 +118,7 @@ def xtrace(
         A real operator, symmetric or not.
     num_matvecs
         How many products, an even number of them is made. From the size of the space on, the exact trace is returned.
-    rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget
+    rtol, atol, max_matvecs, resume, checkpoint, generator, chunk_size, memory_budget
         As for `hutchinson_trace`. One and a half times `num_matvecs` vectors are kept.
 
     Returns
@@ -152,7 +156,8 @@ def xtrace(
     def begin(seed: int, state: State | None) -> Accumulated:
         return _XTrace(op, Sampling(op, seed, sphere, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def xnystrace(
@@ -164,6 +169,7 @@ def xnystrace(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -178,7 +184,7 @@ def xnystrace(
         A real, symmetric, positive semidefinite operator: a Gauss-Newton matrix of a convex loss, a Fisher matrix.
     num_matvecs
         How many products. From the size of the space on, the exact trace is returned.
-    rtol, atol, max_matvecs, resume, generator, chunk_size, memory_budget
+    rtol, atol, max_matvecs, resume, checkpoint, generator, chunk_size, memory_budget
         As for `hutchinson_trace`. `num_matvecs` vectors are kept.
 
     Returns
@@ -217,7 +223,8 @@ def xnystrace(
     def begin(seed: int, state: State | None) -> Accumulated:
         return _XNysTrace(op, Sampling(op, seed, sphere, chunk_size, memory_budget, where), state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def _checked(
@@ -253,8 +260,8 @@ class _HutchPP(_SketchedTrace):
         self, op: LinearOperator, sketch: Sampling, rest: Sampling, state: State | None
     ) -> None:
         super().__init__(op, sketch, state)
-        self.range = RangeFinder(Products(op, sketch, state), state)
-        self.rest = Products(op, rest, None if state is None else state["rest"])
+        self.range = RangeFinder(op, sketch, state)
+        self.rest = Sketch(op, rest, None if state is None else state["rest"])
 
     def grow(self, total: int) -> None:
         self.range.extend(total // 3)
@@ -267,7 +274,11 @@ class _HutchPP(_SketchedTrace):
         outside = G - inside @ Q
         forms = (outside * (AG - inside @ AQ)).sum(1)
         values = forms + (Q * AQ).sum()
-        return values, error_of_mean(values, values.new_zeros(())), total
+        return values, error_of_mean(values, values.new_zeros(())), 2 * len(Q) + len(G)
+
+    def cut(self) -> int:
+        both = self.range.cut()
+        return 2 * both + self.rest.count if self.rest.count else 0
 
     def kept(self) -> State:
         return {**self.range.state(), "rest": self.rest.state()}
@@ -276,7 +287,7 @@ class _HutchPP(_SketchedTrace):
 class _XTrace(_SketchedTrace):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
         super().__init__(op, sampling, state)
-        self.range = RangeFinder(Products(op, sampling, state), state)
+        self.range = RangeFinder(op, sampling, state)
 
     def grow(self, total: int) -> None:
         self.range.extend(max(1, total // 2))
@@ -316,6 +327,9 @@ class _XTrace(_SketchedTrace):
         differences = values - without  # (i, j)
         return values, error_of_mean(values, mean_over_pairs(differences)), 2 * k
 
+    def cut(self) -> int:
+        return 2 * self.range.cut()
+
     def kept(self) -> State:
         return self.range.state()
 
@@ -323,13 +337,13 @@ class _XTrace(_SketchedTrace):
 class _XNysTrace(_SketchedTrace):
     def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
         super().__init__(op, sampling, state)
-        self.sketch = Products(op, sampling, state)
+        self.sketch = Sketch(op, sampling, state)
 
     def grow(self, total: int) -> None:
         self.sketch.extend(total)
 
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
-        self.sketch.require_finite()
+        self.sketch.products.require_finite()
         probes, images = self.sketch.probes(), self.sketch.images
         k, n = probes.shape
         gram = (probes @ images.T).double()
@@ -356,6 +370,9 @@ class _XNysTrace(_SketchedTrace):
         without = without - g_j / m_j + (n - k + 2) * length_j / m_j
         differences = values - without
         return values, error_of_mean(values, mean_over_pairs(differences)), k
+
+    def cut(self) -> int:
+        return self.sketch.count
 
     def kept(self) -> State:
         return self.sketch.state()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.algorithms.density import Function, applied
 from secorder_func.algorithms.estimate import Estimate
-from secorder_func.algorithms.krylov_spaces import krylov_spaces
+from secorder_func.algorithms.krylov_spaces import KrylovSpaces
 from secorder_func.checks import check_callable, check_count, check_like
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators import LinearOperator
@@ -84,7 +84,10 @@ def matrix_function(
     length = torch.linalg.vector_norm(start)
     steps = min(num_steps, op.shape[0])
     unit = start / length.clamp(min=torch.finfo(start.dtype).tiny)
-    T, Q = krylov_spaces(op, unit.unsqueeze(0), steps, where)
+    spaces = KrylovSpaces(op, unit.unsqueeze(0), steps, where)
+    with running.task(where, steps, "products"):
+        spaces.run()
+    T, Q = spaces.projected(), spaces.Q
     eps = torch.finfo(start.dtype).eps
     fewer = max(1, steps - max(1, steps // 8))
     (value, rounding), (before, _) = (_applied(f, T[0, :m, :m], eps, where) for m in (steps, fewer))

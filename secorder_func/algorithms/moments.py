@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Sampling
 from secorder_func.algorithms.wide import wide
@@ -36,6 +36,7 @@ class Moments:
         self._dtypes: list[torch.dtype] = []
         if state is not None:
             sampling.require_same(state)
+            sampling.chunks.settle(state["taken"])
             self.count = state["count"]
             self._mean = state["mean"]
             self._spread = [leaf.clone() for leaf in state["spread"]]
@@ -60,6 +61,7 @@ class Moments:
         probes = partial(self._sampling.probes, self.count)
         for count, mean, spread in chunks.map(probes, moments, total - self.count):
             self._join(count, mean, spread)
+            running.advance(self.count)
 
     def _join(self, count: int, mean: list[Tensor], spread: list[Tensor]) -> None:
         done, both = self.count, self.count + count
@@ -77,6 +79,10 @@ class Moments:
         for total, a in zip(self._spread, apart, strict=True):
             between = a.detach()
             total.addcmul_(between, between, value=done * count / both)
+
+    def cut(self) -> int:
+        """Return how many probes there are: none is ever half done."""
+        return self.count
 
     def estimate(self, total: int) -> Estimate:
         """Return the mean and its standard error."""
@@ -96,6 +102,7 @@ class Moments:
         """Return the moments so far."""
         return {
             **self._sampling.state(),
+            "taken": self._sampling.chunks.taken,
             "count": self.count,
             "mean": [leaf.detach() for leaf in self._mean],
             "spread": [leaf.clone() for leaf in self._spread],

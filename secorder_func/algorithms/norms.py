@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.group_sums import GroupSums, Sampling
+from secorder_func.algorithms.group_sums import GroupSums, Sampling, settings_of
 from secorder_func.algorithms.moments import Moments
 from secorder_func.algorithms.probes import Distribution, check_distribution, rademacher
 from secorder_func.algorithms.stopping import Target, estimated
@@ -27,6 +28,7 @@ def hutchinson_squared_frobenius_norm(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -58,7 +60,8 @@ def hutchinson_squared_frobenius_norm(
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return GroupSums(sampling, squares, None, state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget, distribution)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def hutchinson_squared_row_norms(
@@ -70,6 +73,7 @@ def hutchinson_squared_row_norms(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -100,4 +104,5 @@ def hutchinson_squared_row_norms(
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return Moments(sampling, squares, state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget, distribution)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)

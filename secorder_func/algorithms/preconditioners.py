@@ -161,7 +161,13 @@ def _nystrom(
     dtype = products.images.dtype
     probes = tree.ravel(sampling.probes(0, slice(0, rank)), batch_dims=1)[0].to(dtype)
     probes = torch.linalg.qr(probes.T).Q.T.contiguous()
-    images = products.of(probes)
+    unravel = tree.ravel(op.like)[1]
+
+    def some(start: int, rows: slice) -> Tree:
+        return unravel(probes[start + rows.start : start + rows.stop])
+
+    products.extend(some, rank)
+    images = products.images
     gram = wide(probes @ images.T)  # W^T A W
     if not bool(gram.isfinite().all()):
         mend = "Check the loss and its gradient at these parameters, or scale the matrix"

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.group_sums import GroupSums, Operator, Sampling, exact_forms
+from secorder_func.algorithms.group_sums import (
+    GroupSums,
+    Operator,
+    Sampling,
+    exact_forms,
+    settings_of,
+)
 from secorder_func.algorithms.probes import Distribution, check_distribution, rademacher
 from secorder_func.algorithms.stopping import Target, estimated
 from secorder_func.operators.linear_operator import check_real_operator
@@ -24,6 +31,7 @@ def hutchinson_trace(
     atol: float = 0.0,
     max_matvecs: int | None = None,
     resume: Estimate | None = None,
+    checkpoint: CheckpointLike = None,
     generator: torch.Generator | None = None,
     chunk_size: ChunkSize = "auto",
     memory_budget: int | None = None,
@@ -50,6 +58,8 @@ def hutchinson_trace(
     resume
         An earlier estimate of the same operator by this function, to be continued: `num_matvecs` counts from the
         beginning, and the numbers are those of one run. Its seed is used, not the generator.
+    checkpoint
+        A file in which it is kept while it runs, and from which it goes on if it was interrupted; see `Checkpoint`.
     generator
         Its next value seeds the probes; torch's global generator if None. Equal seeds give equal numbers up to
         rounding, whatever the chunk.
@@ -106,7 +116,8 @@ def hutchinson_trace(
         sampling = Sampling(op, seed, distribution, chunk_size, memory_budget, where)
         return GroupSums(sampling, op.quadratic_forms, op.forms, state)
 
-    return estimated(target, resume, generator, begin, where)
+    settings = settings_of(chunk_size, memory_budget, distribution)
+    return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
 def exact_trace(

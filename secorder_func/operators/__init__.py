@@ -1,5 +1,6 @@
 """Matrices known by their products: the waist between transforms and algorithms."""
 
+from secorder_func.operators.batches import Batches
 from secorder_func.operators.curvature import ggn_operator, hessian_operator
 from secorder_func.operators.fisher import empirical_fisher_operator, fisher_operator
 from secorder_func.operators.linear_operator import LinearOperator
@@ -12,6 +13,7 @@ from secorder_func.operators.per_sample import (
 from secorder_func.operators.per_sample_operator import PerSampleOperator
 
 __all__ = [
+    "Batches",
     "LinearOperator",
     "PerSampleOperator",
     "empirical_fisher_operator",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,10 +10,7 @@ from torch import Tensor
 
 from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
-from secorder_func.operators.forms import Draw, Forms
-from secorder_func.operators.rows import Rows
-from secorder_func.taylor import NotPropagatedError
-from secorder_func.transforms.output_space import OutputSpace
+from secorder_func.operators.forms import Draw
 from secorder_func.typing import Tree
 
 if TYPE_CHECKING:
@@ -108,6 +104,11 @@ class _Part:
             ]
         )
 
+    def placed(self, draws: Sequence[Draw | None]) -> Sequence[Draw | None]:
+        """Return what draws each leaf of the whole space; None outside of the part."""
+        inside = dict(zip(self.indices, draws, strict=True))
+        return [inside.get(index) for index in range(len(self._leaves))]
+
     def restricted(self, whole: Tree) -> Tree:
         """Return the part of a vector of the whole space."""
         leaves = tree.flatten(whole)[0]
@@ -128,44 +129,20 @@ def block_of(op: LinearOperator, selection: Selection, where: str) -> dict[str, 
     def quadratic(vectors: Tree) -> Tensor:
         return op.quadratic_forms(part.widened(vectors, stacked=True))
 
+    forms = None
+    if op.forms is not None:
+        forms = op.forms.moved(tuple(part.like.values()), part.placed)
     return {
         "matvec": matvec,
         "like": part.like,
         "matmat": None if op.matmat is None else matmat,
         "quadratic": None if op.quadratic is None else quadratic,
-        "forms": None if op.forms is None else _forms(op.forms, part),
-        "rows": None if op.rows is None else _rows(op.rows, part),
+        "forms": forms,
+        "rows": None if op.rows is None else op.rows.restricted(part.indices),
         "symmetric": op.symmetric,
         "mode": op.mode,
+        "passes": op.passes,
     }
-
-
-def _forms(forms: Forms, part: _Part) -> Forms:
-    def compute(draws: Sequence[Draw | None], count: int, groups: int) -> tuple[Tensor, int]:
-        inside = dict(zip(part.indices, draws, strict=True))
-        found = forms([inside.get(i) for i in range(len(forms.leaves))], count, groups)
-        if found is None:
-            raise NotPropagatedError(forms.missing or "the operator has no forms")
-        return found, forms.largest or 0
-
-    return Forms(compute, tuple(part.like.values()), forms.outside, data=forms.data)
-
-
-def _rows(rows: Rows, part: _Part) -> Rows:
-    def make() -> OutputSpace | None:
-        space = rows.space()
-        if space is None:
-            return None
-        return OutputSpace(space.hessians, partial(_pulled, space, part.indices))
-
-    return Rows(make, tuple(part.like.values()), rows.data)
-
-
-def _pulled(
-    space: OutputSpace, indices: Sequence[int], chunk: slice, cotangents: Tensor
-) -> tuple[Tensor, ...]:
-    leaves = space.pull(chunk, cotangents)
-    return tuple(leaves[index] for index in indices)
 
 
 def block_diagonal_of(
@@ -197,4 +174,10 @@ def block_diagonal_of(
             ]
         )
 
-    return {"matvec": matvec, "like": op.like, "matmat": matmat, "symmetric": op.symmetric}
+    return {
+        "matvec": matvec,
+        "like": op.like,
+        "matmat": matmat,
+        "symmetric": op.symmetric,
+        "passes": op.passes,
+    }

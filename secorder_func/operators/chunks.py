@@ -94,6 +94,16 @@ class Chunks:
             start = stop
             yield result
 
+    @property
+    def taken(self) -> int | None:
+        """The bytes of one vector, once they are counted."""
+        return self._known.get(self._where)
+
+    def settle(self, taken: int | None) -> None:
+        """Go by bytes of one vector that were counted before."""
+        if taken is not None:
+            self._known[self._where] = taken
+
     def _next(self, count: int) -> int:
         if self._size is None:
             return count

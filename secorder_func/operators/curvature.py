@@ -25,6 +25,7 @@ from secorder_func.transforms.double_backward import DoubleBackward
 from secorder_func.transforms.finite import refuse_non_finite, require_values
 from secorder_func.transforms.forms import forms_of_loss, forms_of_model
 from secorder_func.transforms.gauss_newton import (
+    FlatModel,
     flat_model,
     ggn_double_backward,
     ggn_forward,
@@ -33,7 +34,7 @@ from secorder_func.transforms.gauss_newton import (
     ggnvp,
 )
 from secorder_func.transforms.hessian import forward_over_reverse, hvp
-from secorder_func.transforms.loss import LeafLoss, Leaves, flat_loss
+from secorder_func.transforms.loss import FlatLoss, LeafLoss, Leaves, flat_loss
 from secorder_func.transforms.output_space import space_of_batch
 from secorder_func.transforms.plain_autograd import to_differentiate
 from secorder_func.transforms.policy import (
@@ -47,7 +48,15 @@ from secorder_func.transforms.policy import (
 from secorder_func.transforms.propagated import by_propagation
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
-__all__ = ["ggn_operator", "hessian_operator", "operator_on_leaves", "pulled_back"]
+__all__ = [
+    "ggn_forms",
+    "ggn_operator",
+    "ggn_rows",
+    "hessian_forms",
+    "hessian_operator",
+    "operator_on_leaves",
+    "pulled_back",
+]
 
 LeafProduct = Callable[[Leaves], Leaves]
 
@@ -120,8 +129,7 @@ def hessian_operator(
         )
     loss = flat_loss(f, params, args, kwargs, has_aux=False, where=where)
     outside = differentiated_outside(params, args, tuple(kwargs.values()))
-    data = tree.tensors_in(args, tuple(kwargs.values()))
-    forms = _forms(partial(forms_of_loss, loss), loss.leaves, data, outside or check_finite)
+    forms = hessian_forms(loss, (args, kwargs), outside or check_finite)
 
     def reverse() -> LeafProduct:
         return pulled_back(loss.at(forward=False, higher=outside), loss.leaves, outside)
@@ -207,14 +215,10 @@ def ggn_operator(
         )
     model = flat_model(model_fn, loss_fn, params, inputs, targets, where=where)
     outside = differentiated_outside(params, inputs, targets)
-    data = tree.tensors_in(inputs, targets)
-    forms = _forms(partial(forms_of_model, model), model.leaves, data, outside or check_finite)
+    forms = ggn_forms(model, (inputs, targets), outside or check_finite)
     rows = None
     if forms is not None:
-        batch = without_inference_tensors((inputs, targets))
-        state = RandomState.now(model.leaves)
-        space = partial(space_of_batch, model, model_fn, loss_fn, params, batch, state)
-        rows = Rows(space, model.leaves, forms.data)
+        rows = ggn_rows(model, model_fn, loss_fn, params, (inputs, targets))
 
     def reverse() -> LeafProduct:
         return _without_graph(ggn_pullbacks(model, higher=outside), outside)
@@ -242,8 +246,30 @@ def ggn_operator(
     return replace(op, rows=rows)
 
 
-def _forms(compute: Any, leaves: Leaves, data: list[Tensor], refused: bool) -> Forms | None:
-    return None if refused or in_transform() else Forms(compute, leaves, data=tuple(data))
+def hessian_forms(loss: FlatLoss, batch: Any, refused: bool) -> Forms | None:
+    """Return the forms of the Hessian of a loss of some data, None where they are not wanted or cannot be."""
+    return _forms(partial(forms_of_loss, loss), loss.leaves, batch, refused)
+
+
+def ggn_forms(model: FlatModel, batch: Any, refused: bool) -> Forms | None:
+    """Return the same for the Gauss-Newton matrix."""
+    return _forms(partial(forms_of_model, model), model.leaves, batch, refused)
+
+
+def ggn_rows(
+    model: FlatModel, model_fn: ModelFn, loss_fn: LossFn, params: Tree, batch: tuple[Any, Any]
+) -> Rows:
+    """Return the Gauss-Newton matrix as outer products, made when they are asked for."""
+    state = RandomState.now(model.leaves)
+    bound = without_inference_tensors(batch)
+    space = partial(space_of_batch, model, model_fn, loss_fn, params, bound, state)
+    return Rows(space, model.leaves, tuple(tree.tensors_in(batch)))
+
+
+def _forms(compute: Any, leaves: Leaves, batch: Any, refused: bool) -> Forms | None:
+    if refused or in_transform():
+        return None
+    return Forms(compute, leaves, data=tuple(tree.tensors_in(batch)))
 
 
 def _in_order(

@@ -36,6 +36,8 @@ __all__ = [
     "empirical_fisher_operator",
     "fisher_model",
     "fisher_operator",
+    "number_of_entries",
+    "number_of_losses",
 ]
 
 FisherModel = tuple[ModelFn, LossFn, Any, Any]
@@ -250,6 +252,20 @@ def empirical_fisher_model(
     check_reduction(reduction, where)
     model, loss = empirical_fisher(model_fn, loss_fn, reduction, where)
     return model, loss, (inputs, targets), None
+
+
+def number_of_entries(
+    model_fn: ModelFn, likelihood: Likelihood, params: Tree, inputs: Any, where: str
+) -> int:
+    """Return how many entries the likelihood has of some inputs: samples, or tokens."""
+    outputs = detached(_outputs(model_fn, params, inputs, differentiable=False))
+    return distribution_at(likelihood, outputs, where).batch_shape.numel()
+
+
+def number_of_losses(model: FisherModel, params: Tree) -> int:
+    """Return how many losses there are, of what `empirical_fisher_model` returned."""
+    losses, _, both, _ = model
+    return int(_outputs(losses, params, both, differentiable=False).shape[0])
 
 
 def _outputs(model_fn: ModelFn, params: Tree, inputs: Any, *, differentiable: bool) -> Any:

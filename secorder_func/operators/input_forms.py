@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,11 +17,11 @@ from secorder_func.transforms.forms import (
 )
 from secorder_func.transforms.laplacian import plan_for, refuse_dependence, require_samples
 from secorder_func.transforms.loss import flat_loss
-from secorder_func.transforms.plan import Plan, group_size
+from secorder_func.transforms.plan import Plan
 from secorder_func.transforms.policy import differentiated_outside
 from secorder_func.typing import Tree
 
-__all__ = ["InputForms", "group_size", "input_forms"]
+__all__ = ["InputForms", "input_forms"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class InputForms:
 
     forms: Forms
     product: Callable[[Tree], Tensor]
-    plan: Plan
+    plan: Callable[[int], Plan]
 
 
 def input_forms(
@@ -60,4 +61,4 @@ def input_forms(
     def product(probe: Tree) -> Tensor:
         return quadratic_form(f)(x, probe, *args, **kwargs)
 
-    return InputForms(Forms(compute, loss.leaves, outside), product, plan_for(loss))
+    return InputForms(Forms(compute, loss.leaves, outside), product, partial(plan_for, loss))

@@ -19,10 +19,10 @@ from secorder_func.checks import (
 )
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.blocks import Selection, block_diagonal_of, block_of
-from secorder_func.operators.chunks import Chunks
-from secorder_func.operators.forms import Forms
+from secorder_func.operators.chunks import Chunks, default_memory_budget
+from secorder_func.operators.forms import FormsLike
 from secorder_func.operators.per_sample_operator import PerSampleOperator
-from secorder_func.operators.rows import Rows
+from secorder_func.operators.rows import RowsLike
 from secorder_func.operators.scipy_form import scipy_form
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import scipy.sparse.linalg
 
 __all__ = ["LinearOperator", "check_real_operator", "check_symmetric"]
+
+
+_IN_A_PASS = 8
+"""How many times the usual budget the vectors may take that share a pass over the data."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,6 +62,11 @@ class LinearOperator:
         By which exact route the products are computed; None where that has no meaning.
     compile_seconds
         How long `torch.compile` took for the product; None if it was not asked.
+    passes
+        Whether every call of `matvec`, `matmat` or `quadratic` is a pass over much data, so that it pays to take as
+        many vectors at once as memory holds.
+    witness
+        An operator that is cheaper, and another one where this is another one, by which a checkpoint knows it again.
 
     Examples
     --------
@@ -75,11 +84,13 @@ class LinearOperator:
     like: Tree
     matmat: MatVec | None = None
     quadratic: Callable[[Tree], Tensor] | None = None
-    forms: Forms | None = None
-    rows: Rows | None = None
+    forms: FormsLike | None = None
+    rows: RowsLike | None = None
     symmetric: bool = True
     mode: str | None = None
     compile_seconds: float | None = None
+    passes: bool = False
+    witness: LinearOperator | None = None
     _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,13 +178,20 @@ class LinearOperator:
 
     def chunks(self, chunk_size: ChunkSize, memory_budget: int | None, where: str) -> Chunks:
         """Return the chunks in which an algorithm works on vectors of this space; arguments as for `mm`."""
+        known = self._bytes
+        if (
+            self.passes
+        ):  # nothing is to be counted: of a vector and its product, two each may be there
+            one = sum(leaf.numel() * leaf.element_size() for leaf in tree.flatten(self.like)[0])
+            known = {where: 2 * one}
+            memory_budget = memory_budget or _IN_A_PASS * default_memory_budget(self.device)
         return Chunks(
             chunk_size,
             memory_budget,
             where,
             device=self.device,
             entries=self.shape[0],
-            known=self._bytes,
+            known=known,
         )
 
     def _mm(self, vectors: Tree) -> Tree:
@@ -209,6 +227,7 @@ class LinearOperator:
             matmat=both,
             symmetric=self.symmetric and other.symmetric,
             mode=self.mode if self.mode == other.mode else None,
+            passes=self.passes or other.passes,
         )
 
     def __mul__(self, factor: Any) -> LinearOperator:
@@ -224,6 +243,7 @@ class LinearOperator:
             quadratic=lambda vectors: self.quadratic_forms(vectors) * factor,
             forms=None,
             rows=None,
+            witness=None,
         )
 
     __rmul__ = __mul__
@@ -252,6 +272,7 @@ class LinearOperator:
             quadratic=quadratic,
             forms=None,
             rows=None,
+            witness=None,
         )
 
     # -------------------------------------------------------------------------- representations
@@ -272,6 +293,7 @@ class LinearOperator:
             quadratic=lambda vectors: self.quadratic_forms(unravel(vectors)),
             symmetric=self.symmetric,
             mode=self.mode,
+            passes=self.passes,
         )
 
     def block(self, selection: Selection) -> LinearOperator:

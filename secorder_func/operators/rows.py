@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +16,26 @@ from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.output_space import OutputSpace
 from secorder_func.transforms.policy import in_transform
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "RowsLike"]
 
 _COPIES = 4
 """How much more than the rows themselves making them may take."""
+
+
+class RowsLike(Protocol):
+    """What algorithms ask of outer products: those of one batch, or the sums over many."""
+
+    def cheaper(self) -> bool:
+        """Say whether there are fewer rows a sample than entries of the space."""
+
+    def traces(self, budget: int | None) -> Tensor:
+        """Return the trace of every matrix, `(matrices,)`."""
+
+    def diagonals(self, budget: int | None, *, summed: bool) -> Leaves:
+        """Return the diagonal of every matrix, leaves `(matrices, ...)`, or their sum."""
+
+    def restricted(self, indices: Sequence[int]) -> RowsLike:
+        """Return the same of some leaves of the space, by their indices."""
 
 
 @dataclass
@@ -87,6 +105,17 @@ class Rows:
                     total[chunk] += torch.einsum("nr,nr...->n...", weights, squares)
         return tuple(total.to(leaf) for total, leaf in zip(found, self.leaves, strict=True))
 
+    def restricted(self, indices: Sequence[int]) -> Rows:
+        """Return the same of some leaves of the space, by their indices."""
+
+        def make() -> OutputSpace | None:
+            space = self.space()
+            if space is None:
+                return None
+            return OutputSpace(space.hessians, partial(_pulled, space, indices))
+
+        return Rows(make, tuple(self.leaves[index] for index in indices), self.data)
+
     def chunks(
         self, budget: int | None, *, whole: bool = False
     ) -> Iterator[tuple[slice, Tensor, Leaves]]:
@@ -118,6 +147,11 @@ class Rows:
             found = torch.linalg.eigh((hessians + hessians.mT).to(work) / 2)
             self._eigen = found.eigenvalues, found.eigenvectors
         return self._eigen
+
+
+def _pulled(space: OutputSpace, indices: Sequence[int], chunk: slice, cotangents: Tensor) -> Leaves:
+    leaves = space.pull(chunk, cotangents)
+    return tuple(leaves[index] for index in indices)
 
 
 def _flat(rows: Tensor) -> Tensor:

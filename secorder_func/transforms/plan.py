@@ -6,7 +6,7 @@ import torch
 
 from secorder_func.typing import ChunkSize
 
-__all__ = ["Plan", "group_size"]
+__all__ = ["Plan", "group_size", "power_of_two"]
 
 _TERMS = 4
 """How many terms of the largest size a propagation holds at a time."""
@@ -18,8 +18,7 @@ _AT_MOST = 16
 
 def group_size(count: int) -> int:
     """Return over how many of some probes terms are summed: a power of two, so that groups can be joined."""
-    most = max(1, min(count // _GROUPS, _AT_MOST))
-    return 1 << (most.bit_length() - 1)
+    return power_of_two(max(1, min(count // _GROUPS, _AT_MOST)))
 
 
 class Plan:
@@ -37,6 +36,13 @@ class Plan:
         The bytes of the largest leaf.
     cache
         How many bytes the largest term may take.
+    group
+        Over how many probes terms are summed at most, a power of two; fewer where chunks are smaller.
+
+    Attributes
+    ----------
+    largest
+        The largest chunk so far.
     """
 
     def __init__(
@@ -47,18 +53,39 @@ class Plan:
         leaf: int,
         *,
         cache: int | None = None,
+        group: int = 1,
     ) -> None:
+        self.group = group if size in (None, "auto") else power_of_two(min(group, int(size)))
+        self.largest = 0
+        self.adapts = size == "auto"
         self._size = size
         self._budget = budget
         self._cache = cache or (2**24 if device.type == "cpu" else 2**28)
         self._drawn = 2 * self._cache
         self._leaf = leaf
 
-    def size(self, count: int, group: int, term: int | None) -> int:
-        """Return how many of `count` probes to take: a multiple of the group, if it is not less than one.
+    def pieces(self, start: int, stop: int, term: int | None) -> list[tuple[int, int]]:
+        """Return the counts of the next chunk of some probes, and of how many each group of them is.
 
-        `term` is the bytes of the largest term of one probe, None before the first chunk.
+        `term` is the bytes of the largest term of one probe, None before the first chunk. Groups begin at multiples of
+        their size: so the first and the last of them may be in pieces.
         """
+        size = self.size(stop - start, term)
+        group = self.group = power_of_two(min(self.group, size))
+        pieces = []
+        if start % group:
+            first = min(group - start % group, size)
+            pieces.append((first, first))
+            size -= first
+        if size >= group:
+            pieces.append((size - size % group, group))
+        if size % group:
+            pieces.append((size % group, size % group))
+        return pieces
+
+    def size(self, count: int, term: int | None) -> int:
+        """Return how many of `count` probes to take: a multiple of the group, if it is not less than one."""
+        group = self.group
         if self._size is None:
             return count
         if self._size != "auto":
@@ -77,3 +104,8 @@ class Plan:
     def halve(self, size: int) -> None:
         """Take half as many from now on."""
         self._size = max(1, size // 2)
+
+
+def power_of_two(most: int) -> int:
+    """Return the largest one that is not above a number."""
+    return 1 << (most.bit_length() - 1)

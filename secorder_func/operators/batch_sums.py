@@ -1,0 +1,214 @@
+"""Passes over a data set: sums over its batches, weighted by what each loss was averaged over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from secorder_func import running, tree
+from secorder_func.digest import digest
+from secorder_func.errors import ArgumentError, message
+from secorder_func.rules.randomness import RandomState
+from secorder_func.transforms.loss import Leaves
+from secorder_func.transforms.policy import in_transform
+
+__all__ = ["Add", "Args", "Batch", "BatchSums", "Source"]
+
+Args: TypeAlias = tuple[Any, ...]
+"""What a loss takes after the parameters."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch and its number."""
+
+    index: int
+    args: Args
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def read(self, device: torch.device | None, /) -> Iterator[Args]:
+        """Yield the batches, the same at every call."""
+
+    @property
+    def length(self) -> int | None:
+        """How many there are, None if that is not known before."""
+
+
+class Add(Protocol):
+    """Adds what a batch contributes to the sums: whole, or to some rows of them."""
+
+    def __call__(self, tensors: Sequence[Tensor], at: slice | Tensor | None = None, /) -> None:
+        """Add tensors, one to each sum."""
+
+
+@dataclass
+class BatchSums:
+    """Sums over the batches of a source, at some parameters.
+
+    Every batch draws random numbers (dropout) from a state of its own, the same at every pass.
+
+    Parameters
+    ----------
+    source
+        The batches.
+    leaves
+        Of the parameters; they say on which devices random numbers are drawn, and whither batches are moved.
+    weight_of
+        What the loss of a batch was averaged over; None for sums.
+    multiplies
+        Whether a batch counts by its weight. Else the sum of what batches contribute is divided by all weights.
+    """
+
+    source: Source
+    leaves: Leaves
+    weight_of: Callable[[Args], float] | None
+    multiplies: bool = True
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What a pass learns that the next may use, kept with it when it is interrupted: numbers and strings."""
+
+    def __post_init__(self) -> None:
+        devices = {leaf.device for leaf in self.leaves}
+        self.device = devices.pop() if len(devices) == 1 else None
+        with RandomState.now(self.leaves).replayed():
+            self._seed = int(torch.randint(2**62, ()))
+        self._weights: list[float] = []
+        self._whole: tuple[int, float] | None = None
+
+    def first(self) -> Batch:
+        """Return a batch that counts, read anew."""
+        for batch in self._read():
+            if self._weight(batch):
+                return batch
+        raise ArgumentError(message("Batches", "there are no samples in the data"))
+
+    def randomness(self, index: int) -> RandomState:
+        """Return the random state of a batch."""
+        return RandomState.seeded(self._seed + index, self.leaves)
+
+    def over(
+        self,
+        what: str,
+        sums: Sequence[Tensor],
+        of_batch: Callable[[Batch, Add], None],
+    ) -> list[Tensor]:
+        """Return the weighted sums, or means, of what each batch adds.
+
+        Parameters
+        ----------
+        what
+            By which an interrupted pass is known again.
+        sums
+            Zeros of the shapes, dtypes and devices of the sums.
+        of_batch
+            Is given a batch, and a function that adds.
+        """
+        totals = list(sums)
+        divisor, done = 0.0, 0
+        digests: list[str] = []
+
+        def state() -> dict[str, Any]:
+            return {
+                "what": what,
+                "done": done,
+                "divisor": divisor,
+                "totals": totals,
+                "digests": digests,
+                "memory": self.memory,
+            }
+
+        with running.task("pass over the data", self.source.length, "batches", state) as task:
+            resumed = task.resumed
+            skipped = 0
+            if resumed is not None:
+                _require(resumed["what"] == what, f"it was in {resumed['what']}, not in {what}")
+                totals = [old.to(new) for old, new in zip(resumed["totals"], totals, strict=True)]
+                divisor, skipped = resumed["divisor"], resumed["done"]
+                self.memory.clear()
+                self.memory.update(resumed["memory"])
+            read = 0
+            for batch in self._read():
+                read += 1
+                if task.kept:
+                    digests.append(digest(tree.tensors_in(batch.args)))
+                if resumed is not None and read <= skipped:
+                    same = digests[-1] == resumed["digests"][batch.index]
+                    _require(same, f"batch {batch.index} is another one than before")
+                    continue
+                weight = self._weight(batch)
+                if weight:
+                    factor = weight if self.multiplies else 1.0
+                    with self.randomness(batch.index).replayed():
+                        of_batch(batch, _adding(totals, factor))
+                divisor += weight
+                done = read
+                running.advance(done)
+            self._require_whole(read, divisor)
+        if self.weight_of is None:
+            return totals
+        return [total / divisor for total in totals]
+
+    def _read(self) -> Iterator[Batch]:
+        return map(Batch, count(), self.source.read(self.device))
+
+    def _weight(self, batch: Batch) -> float:
+        """Return the weight of a batch, which is asked for once; zero for one without samples."""
+        index = batch.index
+        while index >= len(self._weights):
+            self._weights.append(-1.0)
+        if self._weights[index] < 0:
+            tensors = tree.tensors_in(batch.args)
+            if tensors and all(t.ndim and not t.shape[0] for t in tensors):
+                self._weights[index] = 0.0
+            elif self.weight_of is None:
+                self._weights[index] = 1.0
+            else:
+                with self.randomness(index).replayed():
+                    self._weights[index] = self.weight_of(batch.args)
+        return self._weights[index]
+
+    def _require_whole(self, read: int, divisor: float) -> None:
+        """Refuse a pass over nothing, and one over more or less than the first."""
+        if not divisor:
+            problem = f"there is nothing to sum: {read} batches with a weight of zero together"
+            mend = "A generator can be read once only: pass a list, a DataLoader, or what gives a new iterator"
+            raise ArgumentError(message("Batches", problem, mend))
+        if self._whole is None:
+            self._whole = read, divisor
+        if self._whole != (read, divisor):
+            problem = (
+                f"this pass read {read} batches of weight {divisor:g}, the first one "
+                f"{self._whole[0]} of weight {self._whole[1]:g}"
+            )
+            mend = "Pass data that are the same whenever they are read: a list, or a DataLoader"
+            raise RuntimeError(message("Batches", problem, mend))
+
+
+def _adding(totals: list[Tensor], factor: float) -> Add:
+    def add(tensors: Sequence[Tensor], at: slice | Tensor | None = None, /) -> None:
+        for place, (total, tensor) in enumerate(zip(totals, tensors, strict=True)):
+            part = tensor.to(total)
+            if in_transform() or part.requires_grad or total.requires_grad:
+                assert at is None
+                totals[place] = total + factor * part
+            elif isinstance(at, Tensor):
+                total.index_add_(0, at.to(total.device), part, alpha=factor)
+            else:
+                (total if at is None else total[at]).add_(part, alpha=factor)
+
+    return add
+
+
+def _require(same: bool, problem: str) -> None:
+    if not same:
+        mend = "Give it the same data in the same order, or remove the checkpoint to begin anew"
+        raise ArgumentError(
+            message("Batches", f"the interrupted run cannot go on: {problem}", mend)
+        )
