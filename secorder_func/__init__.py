@@ -53,7 +53,7 @@ from secorder_func.operators import (
     per_sample_ggn_operator,
     per_sample_hessian_operator,
 )
-from secorder_func.progress import progress
+from secorder_func.progress_bars import progress
 from secorder_func.running import interruptible
 from secorder_func.transforms import (
     bilinear_form,

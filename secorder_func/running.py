@@ -22,6 +22,7 @@ __all__ = [
     "further",
     "interruptible",
     "task",
+    "unwatched",
     "watched",
 ]
 
@@ -84,6 +85,16 @@ _task: ContextVar[Task | None] = ContextVar("secorder_func_task", default=None)
 def watched(watcher: Watcher) -> Iterator[None]:
     """Let someone watch what is computed inside."""
     token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let nobody watch: what follows a cancellation is to be done."""
+    token = _watchers.set(())
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from secorder_func import running
 from secorder_func.algorithms.linear_system import LinearSystem
 
 __all__ = ["Direction", "End", "Iteration", "run"]
@@ -32,6 +33,7 @@ class End(IntEnum):
     SPENT = 6
     ROUNDING = 7
     """The recurrence converged, the true residual did not, and starting from it again did not help."""
+    CANCELLED = 8
 
 
 class Iteration:
@@ -98,8 +100,14 @@ def run(iteration: Iteration, steps: int) -> tuple[Tensor, list[End], dict[int, 
     parts: list[Tensor] = []
     ends, directions, taken = [End.NOT_YET] * count, {}, 0
     while rows:
-        iteration.step()
-        taken += 1
+        try:
+            iteration.step()
+            running.further(1)
+        except running.Cancelled:  # in the middle of a product, before which nothing has changed
+            iteration.end.fill_(int(End.CANCELLED))
+            steps = taken
+        else:
+            taken += 1
         if taken % period and taken < steps:
             continue
         now = [End(code) for code in iteration.end.tolist()]

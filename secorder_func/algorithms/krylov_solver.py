@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from secorder_func import running
 from secorder_func.algorithms.implicit import implicit_solution
 from secorder_func.algorithms.iteration import Direction, End, Iteration, run
 from secorder_func.algorithms.linear_system import LinearSystem, lengths
@@ -53,7 +55,8 @@ def solve(
         raise ArgumentError(message(where, problem))
     most = max(1, min(20 * rows.shape[1], _MOST)) if max_matvecs is None else max_matvecs
     solver = _Solver(iteration, system, most)
-    found = solver.solve(rows, start, [float(rtol)] * len(rows), float(atol))
+    with running.task(where, None, "steps"):
+        found = solver.solve(rows, start, [float(rtol)] * len(rows), float(atol))
     return _solution(found, system, batched)
 
 
@@ -138,7 +141,8 @@ class _Solver:
         for place, direction in directions.items():
             found.directions[pending[place]] = direction
         y.mul_(size[:, None]).add_(x[pending])
-        r = b[pending] - self._product(y)
+        with running.unwatched() if End.CANCELLED in ends else nullcontext():
+            r = b[pending] - self._product(y)
         rests = lengths(r).tolist()
         self._require_finite(rests)
         again = []
@@ -205,6 +209,8 @@ def _reason(found: _Found, row: int, dtype: torch.dtype) -> tuple[str, str]:
             f"{left}: rounding in {dtype} allows no less",
             "Raise rtol, damp the operator, or take a wider dtype",
         )
+    if end == End.CANCELLED:
+        return f"{left}: it was cancelled", "Pass the solution as x0= to go on"
     return (
         f"{left}, and max_matvecs were spent",
         "Raise max_matvecs or the tolerance, or pass a preconditioner",

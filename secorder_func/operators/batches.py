@@ -278,7 +278,7 @@ class Batches:
         count = counts.pop() if len(counts) == 1 else 0
         if count < 2:
             return  # it cannot be split
-        cut = max(1, count // 3)
+        cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
         halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]
         state = sums.randomness(first.index)
         terms = []

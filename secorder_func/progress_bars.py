@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from secorder_func import running
-from secorder_func.errors import MissingExtraError, message
+from secorder_func.errors import MissingExtraError
 
 __all__ = ["progress"]
 
@@ -57,9 +57,7 @@ class _Bars:
         try:
             from rich.console import Console
         except ModuleNotFoundError as error:
-            problem = "needs rich"
-            mend = "pip install 'secorder-func[progress]'"
-            raise MissingExtraError(message("progress", problem, mend)) from error
+            raise MissingExtraError("progress", "rich", "progress") from error
         console = Console(stderr=True)
         self._console = console if sys.stderr.isatty() or console.is_jupyter else None
         self._seconds = seconds
