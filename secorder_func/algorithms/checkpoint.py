@@ -123,7 +123,7 @@ class _Keeper:
         self._path, self._seconds = checkpoint.path, 60 * checkpoint.minutes
         self._same = {
             "version of secorder_func": __version__,
-            "version of torch": torch.__version__,
+            "version of torch": str(torch.__version__),
             **settings,
             **problem,
         }
@@ -191,7 +191,8 @@ class _Keeper:
         except OSError:
             raise
         except Exception as error:
-            raise self._refusal(f"it is damaged, or none ({error})") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+            raise self._refusal(f"it is damaged, or no checkpoint ({reason})") from error
         if not isinstance(content, dict) or "format" not in content:
             raise self._refusal("it is the file of something else")
         if content["format"] != _FORMAT:
