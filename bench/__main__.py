@@ -30,6 +30,7 @@ QUESTIONS = (
     "estimators",
     "memory",
     "growth",
+    "data_growth",
     "compile",
     "drop_in",
 )

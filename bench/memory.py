@@ -61,7 +61,7 @@ NOTES = (
 COUNT = 32
 BUDGET = 64 * 2**20
 _MIB = 2**20
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -178,18 +178,18 @@ def _all(count: int) -> dict[str, Method]:
 # ------------------------------------------------------------------------------ inside the process
 
 
-def _resident() -> int:
+def resident() -> int:
     """Return what the process holds now, after everything that is free went back to the system."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, AttributeError):
-        return _peak()
+        return peak_bytes()
     return pages * resource.getpagesize()
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Set the mark to what the process holds now; where the system cannot, the mark of before stays."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -197,7 +197,7 @@ def _reset_peak() -> None:
         return
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """Return the mark, of this program only: `ru_maxrss` starts at what the parent held."""
     try:
         status = Path("/proc/self/status").read_text().splitlines()
@@ -226,19 +226,19 @@ def measured_here(key: str, name: str, count: int) -> dict[str, Any]:
     gradient(p)()
     _ = p.vector_dict, p.functional
 
-    before = _resident()
-    _reset_peak()
+    before = resident()
+    reset_peak()
     made = _calls(candidate.make(p))
     facts: dict[str, Any] = {}
-    held = _resident()
+    held = resident()
     if method.keeps:
         before += method.vectors * _size(p.vector)
-        facts = {"making_mib": (_peak() - before) / _MIB, "kept_mib": (held - before) / _MIB}
+        facts = {"making_mib": (peak_bytes() - before) / _MIB, "kept_mib": (held - before) / _MIB}
     else:
         before = held
-    _reset_peak()
+    reset_peak()
     result = made.run()
-    peak = _peak()
+    peak = peak_bytes()
     facts["peak_mib"] = (peak - before) / _MIB
     facts = {fact: rounded(max(0.0, value)) for fact, value in facts.items()} | made.facts()
     if method.budget is not None:
@@ -260,7 +260,7 @@ def measured(key: str, name: str, count: int = COUNT) -> dict[str, Any]:
     record: dict[str, Any] = {"name": candidate.name, "peer": candidate.peer}
     command = [sys.executable, "-m", "bench.memory", key, name]
     command += ["--count", str(count), "--threads", str(torch.get_num_threads())]
-    environment = {**os.environ, **_ALLOCATOR}
+    environment = {**os.environ, **ALLOCATOR}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     if done.returncode == 0:

@@ -217,6 +217,7 @@ SECTIONS = (
     Section("ggn", "One Gauss-Newton product", "curvlinops GGN @ v, made before"),
     Section("memory", "Memory", body=_memory),
     Section("growth", "Growth", body=_growth),
+    Section("data_growth", "Growth over data sets", body=_growth),
     Section("estimators", "Errors of the estimators", body=_estimators),
     Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
     Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
@@ -251,7 +252,7 @@ def _draw(section: Section, result: Result, path: Path) -> None:
     elif section.name == "per_sample_curvature":
         rows = [(f"{p['task']}, {p['name']}", p["fold"]) for p in problems]
         plots.speedups(rows, path, label="times as fast as the faster loop over samples")
-    elif section.name == "growth":
+    elif section.name in ("growth", "data_growth"):
         plots.lines(result["axes"], path)
     elif section.name == "drop_in":
         rows = [(f"{p['name']}, {p['problem']}", tables.speed(p)) for p in problems]
