@@ -205,7 +205,7 @@ def _measured(axis: Axis, p: Data, seconds: float) -> dict[str, Any]:
 
 
 def _trace_check(p: Data) -> Callable[[Any], float]:
-    """Return the error in units of what six standard errors allow, those of as many plain forms, so that 1e-4 is the limit."""
+    """Return the error in units of what six standard errors of plain forms allow, so that 1e-4 is the limit."""
     generator = torch.Generator().manual_seed(5)
     forms = []
     for _ in range(PROBES):

@@ -16,6 +16,7 @@ __all__ = [
     "MissingExtraError",
     "NoExactRouteError",
     "NonFiniteError",
+    "RankError",
     "VerificationError",
     "message",
     "warn_user",
@@ -68,6 +69,10 @@ class HiddenParameterError(RuntimeError):
 
     Only plain autograd, which differentiates the parameters where they are, sees such a path.
     """
+
+
+class RankError(RuntimeError):
+    """Another process of the group failed, is gone, or is in another computation."""
 
 
 class VerificationError(RuntimeError):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import distributed
+
 from secorder_func import running
 from secorder_func.errors import MissingExtraError
 
@@ -22,7 +24,8 @@ def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
     """Show a bar with the time left for every computation inside that takes longer than two seconds.
 
     Estimators, eigensolvers, densities, matrix functions and linear solvers count products, and passes over `Batches`
-    count batches. Bars are written to standard error, if that is a terminal, or into a notebook; nowhere else.
+    count batches. Bars are written to standard error, if that is a terminal, or into a notebook, by the first
+    process of several; nowhere else.
 
     Parameters
     ----------
@@ -50,6 +53,13 @@ def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
         bars.close()
 
 
+def _is_first() -> bool:
+    """Say whether this is the first process of its group, or the only one."""
+    return not (
+        distributed.is_available() and distributed.is_initialized() and distributed.get_rank()
+    )
+
+
 class _Bars:
     """A bar for each task, from some seconds after the first of them began."""
 
@@ -59,7 +69,8 @@ class _Bars:
         except ModuleNotFoundError as error:
             raise MissingExtraError("progress", "rich", "progress") from error
         console = Console(stderr=True)
-        self._console = console if sys.stderr.isatty() or console.is_jupyter else None
+        shown = (sys.stderr.isatty() or console.is_jupyter) and _is_first()
+        self._console = console if shown else None
         self._seconds = seconds
         self._lock = threading.RLock()
         self._tasks: list[running.Task] = []

@@ -49,6 +49,8 @@ class Task:
         The state of an interrupted run to go on from, put here by a watcher that has one.
     kept
         Whether a watcher asks for the state.
+    together
+        Whether other processes take part: then it is not cancelled by itself, but where all learn of it.
     """
 
     what: str
@@ -58,6 +60,7 @@ class Task:
     parent: Task | None = None
     resumed: dict[str, Any] | None = None
     kept: bool = False
+    together: bool = False
     done: int = field(default=0, init=False)
 
 
@@ -107,9 +110,11 @@ def task(
     total: int | None,
     unit: str,
     state: Callable[[], dict[str, Any]] | None = None,
+    *,
+    together: bool = False,
 ) -> Iterator[Task]:
     """Say what is computed inside."""
-    new = Task(what, unit, total, state, _task.get())
+    new = Task(what, unit, total, state, _task.get(), together=together)
     token = _task.set(new)
     begun: list[Watcher] = []
     try:
@@ -158,7 +163,7 @@ class _Interruption:
         pass
 
     def advanced(self, task: Task, /) -> None:
-        if self.asked.is_set():
+        if self.asked.is_set() and not task.together:
             raise Cancelled(f"{task.what} was cancelled after {task.done} {task.unit}")
 
     def cancelled(self, task: Task, /) -> None:

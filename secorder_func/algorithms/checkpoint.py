@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from secorder_func.checks import check_tolerance
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentTypeError, CheckpointError, message
 from secorder_func.operators import LinearOperator, PerSampleOperator
+from secorder_func.operators.ranks import Ranks
 from secorder_func.version import __version__
 
 __all__ = ["Checkpoint", "CheckpointLike", "keeping"]
@@ -45,6 +46,9 @@ class Checkpoint:
     minutes. An interrupted call, made again with the same arguments on the same machine, ends with the numbers of an
     uninterrupted one, bit for bit, as far as torch computes the same twice. Over `Batches` it goes on in the middle of
     a pass; batches that were done are read, compared with what they were, and not computed again.
+
+    Of several processes with an operator together the first one writes and reads the file, and a pass that was
+    interrupted is made again.
 
     A file of another function, operator, setting, version of this package or of torch is refused with the reason, and
     so is a damaged one. The operator is known by one product, of data sets with the first batch only.
@@ -103,7 +107,7 @@ def keeping(
         return
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    keeper = _Keeper(checkpoint, {"function": where, **settings}, _problem(op), where)
+    keeper = _Keeper(checkpoint, {"function": where, **settings}, _problem(op), where, op.ranks)
     with running.watched(keeper):
         yield
     if not keeper.stopped:  # else it has been written, with the pass that was cut short
@@ -119,6 +123,7 @@ class _Keeper:
         settings: dict[str, Any],
         problem: dict[str, Any],
         where: str,
+        ranks: Ranks | None,
     ) -> None:
         self._path, self._seconds = checkpoint.path, 60 * checkpoint.minutes
         self._same = {
@@ -133,11 +138,10 @@ class _Keeper:
         self._passes = 0  # since the state of the task has changed
         self._state: Any = None
         self._pass: Any = None
-        if self._path.exists():
-            content = self._read()
+        self._ranks = ranks
+        content = self._content() if ranks is None else _agreed(ranks, self._content)
+        if content is not None:
             self._state, self._pass = content["state"], content["pass"]
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
         self._written = time.monotonic()
 
     # ------------------------------------------------------------------------ as a watcher
@@ -147,7 +151,8 @@ class _Keeper:
             self._task, task.resumed, task.kept = task, self._state, True
         elif task.parent is self._task and task.state is not None:
             self._passes += 1
-            task.kept = True
+            # Of several processes each has a part of the sums: such a pass is made again.
+            task.kept = self._ranks is None
             if self._pass is not None and self._passes == self._pass["number"]:
                 task.resumed, self._pass = self._pass["state"], None
 
@@ -171,6 +176,8 @@ class _Keeper:
         """Write the state; that of a pass, too, if that is where the computation is."""
         if self._task is None or self._task.state is None:
             return
+        if self._ranks is not None and self._ranks.rank != 0:
+            return  # all have the same state
         within = None
         if task is not None and task is not self._task and task.state is not None:
             within = {"number": self._passes, "state": task.state()}
@@ -183,6 +190,13 @@ class _Keeper:
         content["digest"] = digest(content)
         write_whole(content, self._path, self._path.with_name(f"{self._path.name}.part"))
         self._written = time.monotonic()
+
+    def _content(self) -> dict[str, Any] | None:
+        """Return what is in the file, None if there is none, and a folder for it then."""
+        if self._path.exists():
+            return self._read()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return None
 
     def _read(self) -> dict[str, Any]:
         """Return what is in the file; refuse what is damaged, and what belongs to something else."""
@@ -212,6 +226,20 @@ class _Keeper:
         return CheckpointError(
             message(self._where, f"cannot go on from {self._path}: {problem}", mend)
         )
+
+
+def _agreed(ranks: Ranks, read: Callable[[], Any]) -> Any:
+    """Return what the first process reads; raise everywhere what that raises."""
+    content = failure = None
+    if ranks.rank == 0:
+        try:
+            content = read()
+        except (OSError, CheckpointError) as error:
+            failure = error
+    content, failure = ranks.agree((content, failure))
+    if failure is not None:
+        raise failure
+    return content
 
 
 def _alike(theirs: Any, ours: Any) -> bool:

@@ -14,7 +14,7 @@ from secorder_func import running, tree
 from secorder_func.algorithms.checkpoint import CheckpointLike, keeping
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.krylov_spaces import KrylovSpaces
-from secorder_func.algorithms.probes import draw_seed, sphere
+from secorder_func.algorithms.probes import sphere
 from secorder_func.checks import check_callable, check_count, check_positive
 from secorder_func.errors import (
     ArgumentError,
@@ -242,7 +242,7 @@ def spectral_density(
     work = torch.promote_types(op.dtype, torch.float32)
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     together = max(1, budget // (steps * n * work.itemsize))
-    seed = draw_seed(generator)
+    seed = op.draw_seed(generator)
     settings = {
         "seed": None if generator is None else seed,
         "num_vectors": num_vectors,
@@ -252,7 +252,9 @@ def spectral_density(
     run = _Run(op, num_vectors, steps, together, work, where)
     with (
         keeping(checkpoint, op, where, settings),
-        running.task(where, num_vectors * steps, "products", run.state) as task,
+        running.task(
+            where, num_vectors * steps, "products", run.state, together=op.ranks is not None
+        ) as task,
     ):
         run.begin(seed, task.resumed)
         task.done = run.spent

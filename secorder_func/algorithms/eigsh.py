@@ -12,7 +12,7 @@ from secorder_func.algorithms.checkpoint import CheckpointLike, keeping
 from secorder_func.algorithms.eigenpairs import Eigenpairs
 from secorder_func.algorithms.estimate import State
 from secorder_func.algorithms.flat_product import least_tolerance
-from secorder_func.algorithms.probes import draw_seed, normal
+from secorder_func.algorithms.probes import normal
 from secorder_func.checks import check_count, check_like, check_positive
 from secorder_func.digest import digest
 from secorder_func.errors import (
@@ -141,7 +141,7 @@ def eigsh(
     most = max(20 * k, 200) if max_matvecs is None else max_matvecs
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
     size = min(n, max(2 * k + 16, budget // (2 * n * work.itemsize)))
-    seed = draw_seed(generator)
+    seed = op.draw_seed(generator)
     settings = {
         "seed": None if generator is None else seed,
         "k": k,
@@ -154,7 +154,7 @@ def eigsh(
     run = _Run(op, k, which, tolerance, size, seed, work, where)
     with (
         keeping(checkpoint, op, where, settings),
-        running.task(where, None, "products", run.state) as task,
+        running.task(where, None, "products", run.state, together=op.ranks is not None) as task,
     ):
         run.begin(begin, task.resumed)
         task.done = run.spent

@@ -55,7 +55,7 @@ def solve(
         raise ArgumentError(message(where, problem))
     most = max(1, min(20 * rows.shape[1], _MOST)) if max_matvecs is None else max_matvecs
     solver = _Solver(iteration, system, most)
-    with running.task(where, None, "steps"):
+    with running.task(where, None, "steps", together=op.ranks is not None):
         found = solver.solve(rows, start, [float(rtol)] * len(rows), float(atol))
     return _solution(found, system, batched)
 

@@ -85,7 +85,7 @@ def matrix_function(
     steps = min(num_steps, op.shape[0])
     unit = start / length.clamp(min=torch.finfo(start.dtype).tiny)
     spaces = KrylovSpaces(op, unit.unsqueeze(0), steps, where)
-    with running.task(where, steps, "products"):
+    with running.task(where, steps, "products", together=op.ranks is not None):
         spaces.run()
     T, Q = spaces.projected(), spaces.Q
     eps = torch.finfo(start.dtype).eps

@@ -8,7 +8,7 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.algorithms.group_sums import Sampling
 from secorder_func.algorithms.low_rank import Products
-from secorder_func.algorithms.probes import draw_seed, normal
+from secorder_func.algorithms.probes import normal
 from secorder_func.algorithms.wide import wide
 from secorder_func.checks import check_count, check_number, check_params, check_positive
 from secorder_func.errors import ArgumentError, NonFiniteError, message
@@ -138,7 +138,7 @@ def nystrom_preconditioner(
     check_count(rank, where, name="rank")
     check_positive(damping, where, name="damping")
     added = float(damping)
-    sampling = Sampling(op, draw_seed(generator), normal, chunk_size, memory_budget, where)
+    sampling = Sampling(op, op.draw_seed(generator), normal, chunk_size, memory_budget, where)
     values, basis = _nystrom(op, sampling, min(rank, op.shape[0]), added, where)
     weights = (values[-1:] + added) / (values + added) - 1
     unravel = tree.ravel(op.like)[1]

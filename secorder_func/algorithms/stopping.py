@@ -22,7 +22,6 @@ from secorder_func.errors import (
     warn_user,
 )
 from secorder_func.operators import LinearOperator, PerSampleOperator
-from secorder_func.seeds import draw_seed
 from secorder_func.typing import Tree
 
 __all__ = ["Target", "estimated"]
@@ -106,7 +105,7 @@ def estimated(
     `j`. These add up to 5 % at most, however often one looks.
     """
     before = None if resume is None else _state_of(resume, where)
-    seed = draw_seed(generator) if before is None else int(before["seed"])
+    seed = op.draw_seed(generator) if before is None else int(before["seed"])
     settings = {
         "seed": None if generator is None and before is None else seed,
         "num_matvecs": target.num_matvecs,
@@ -118,7 +117,7 @@ def estimated(
     run = _Run(target, where)
     with (
         keeping(checkpoint, op, where, settings),
-        running.task(where, None, "products", run.state) as task,
+        running.task(where, None, "products", run.state, together=op.ranks is not None) as task,
     ):
         state = before if task.resumed is None else task.resumed
         if state is not None:

@@ -14,6 +14,7 @@ from secorder_func.operators.batch_kinds import Kind
 from secorder_func.operators.batch_sums import Add, Batch, BatchSums
 from secorder_func.operators.forms import Draw, Draws, FormsLike, Part, Plan, plan_of
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.ranks import NoFormsError
 from secorder_func.operators.rows import Rows
 from secorder_func.operators.versions import Versions
 from secorder_func.transforms.loss import Leaves
@@ -21,10 +22,6 @@ from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.typing import Tree
 
 __all__ = ["BatchForms", "BatchRows"]
-
-
-class _NoFormsError(Exception):
-    """A batch has none."""
 
 
 @dataclass
@@ -64,7 +61,7 @@ class BatchForms:
         def add_forms(batch: Batch, add: Add) -> None:
             forms = self.of_batch(batch)
             if forms is None:
-                raise _NoFormsError("the operator of a batch has no forms")
+                raise NoFormsError("the operator of a batch has no forms")
             if "term" in memory:
                 plan.group, forms.largest = memory["group"], memory["term"]
             start = span.start
@@ -75,7 +72,7 @@ class BatchForms:
                     start += size
                 add([part.sums], torch.tensor(places))
             if start < span.stop:
-                raise _NoFormsError(forms.missing or "the operator of a batch has no forms")
+                raise NoFormsError(forms.missing or "the operator of a batch has no forms")
             memory["group"] = plan.group
             memory["term"] = self.largest = max(forms.largest or 0, self.largest or 0)
 
@@ -85,7 +82,7 @@ class BatchForms:
             (found,) = self.sums.over(
                 f"forms of vectors {span.start} to {span.stop}", [zeros], add_forms
             )
-        except _NoFormsError as reason:
+        except NoFormsError as reason:
             self.missing = str(reason)  # products say whether it is the user's own
             return
         edges = range(first * each, span.stop + each, each)
@@ -146,9 +143,13 @@ class BatchRows:
             return False
         if self._cheaper is None:
             batch = self.sums.first()
-            with self.sums.randomness(batch.index).replayed():
-                rows = self._of(batch)
-                self._cheaper = rows is not None and rows.cheaper()
+            found = None
+            if batch is not None:
+                with self.sums.randomness(batch).replayed():
+                    rows = self._of(batch)
+                    found = rows is not None and rows.cheaper()
+            ranks = self.sums.ranks
+            self._cheaper = bool(found) if ranks is None else ranks.all(found)
         return self._cheaper
 
     def traces(self, budget: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from secorder_func import running, tree
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, message
+from secorder_func.operators.ranks import Ranks
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.policy import in_transform
@@ -29,6 +30,8 @@ class Batch:
 
     index: int
     args: Args
+    number: int
+    """The same as the index, but counted over all processes that have a share of the data, as if dealt out in turn."""
 
 
 class Source(Protocol):
@@ -65,12 +68,15 @@ class BatchSums:
         What the loss of a batch was averaged over; None for sums.
     multiplies
         Whether a batch counts by its weight. Else the sum of what batches contribute is divided by all weights.
+    ranks
+        The processes that have a share of the data each, if they are shared.
     """
 
     source: Source
     leaves: Leaves
     weight_of: Callable[[Args], float] | None
     multiplies: bool = True
+    ranks: Ranks | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     """What a pass learns that the next may use, kept with it when it is interrupted: numbers and strings."""
 
@@ -79,25 +85,27 @@ class BatchSums:
         self.device = devices.pop() if len(devices) == 1 else None
         with RandomState.now(self.leaves).replayed():
             self._seed = int(torch.randint(2**62, ()))
+        if self.ranks is not None:
+            self._seed = int(self.ranks.agree(self._seed))
+            self.ranks.require_same(digest(list(self.leaves)), "the parameters")
         self._weights: list[float] = []
         self._whole: tuple[int, float] | None = None
 
-    def first(self) -> Batch:
-        """Return a batch that counts, read anew."""
-        for batch in self._read():
-            if self._weight(batch):
-                return batch
-        raise ArgumentError(message("Batches", "there are no samples in the data"))
+    def first(self) -> Batch | None:
+        """Return a batch that counts, read anew; None if there is none."""
+        return next((batch for batch in self._read() if self._weight(batch)), None)
 
-    def randomness(self, index: int) -> RandomState:
+    def randomness(self, batch: Batch) -> RandomState:
         """Return the random state of a batch."""
-        return RandomState.seeded(self._seed + index, self.leaves)
+        return RandomState.seeded(self._seed + batch.number, self.leaves)
 
     def over(
         self,
         what: str,
         sums: Sequence[Tensor],
         of_batch: Callable[[Batch, Add], None],
+        *,
+        mark: float = 0.0,
     ) -> list[Tensor]:
         """Return the weighted sums, or means, of what each batch adds.
 
@@ -109,7 +117,33 @@ class BatchSums:
             Zeros of the shapes, dtypes and devices of the sums.
         of_batch
             Is given a batch, and a function that adds.
+        mark
+            A number that is the same in every process, if all are in the same computation.
         """
+        if self.ranks is None:
+            totals, divisor = self._own(what, sums, of_batch)
+        else:
+            failure: BaseException | None = None
+            number = torch.zeros((), dtype=torch.float64)
+            try:
+                totals, divisor = self._own(what, sums, of_batch)
+                number.fill_(divisor)
+            except (Exception, running.Cancelled) as error:
+                totals, failure = list(sums), error
+            *totals, number = self.ranks.sum([*totals, number], failure, mark=mark)
+            divisor = float(number)
+        if not divisor:
+            problem = "there is nothing to sum: no batch with samples and a weight above zero"
+            mend = "A generator can be read once only: pass a list, a DataLoader, or what gives a new iterator"
+            raise ArgumentError(message("Batches", problem, mend))
+        if self.weight_of is None:
+            return totals
+        return [total / divisor for total in totals]
+
+    def _own(
+        self, what: str, sums: Sequence[Tensor], of_batch: Callable[[Batch, Add], None]
+    ) -> tuple[list[Tensor], float]:
+        """Return the weighted sums over the batches of this process, and their weight."""
         totals = list(sums)
         divisor, done = 0.0, 0
         digests: list[str] = []
@@ -145,18 +179,17 @@ class BatchSums:
                 weight = self._weight(batch)
                 if weight:
                     factor = weight if self.multiplies else 1.0
-                    with self.randomness(batch.index).replayed():
+                    with self.randomness(batch).replayed():
                         of_batch(batch, _adding(totals, factor))
                 divisor += weight
                 done = read
                 running.advance(done)
             self._require_whole(read, divisor)
-        if self.weight_of is None:
-            return totals
-        return [total / divisor for total in totals]
+        return totals, divisor
 
     def _read(self) -> Iterator[Batch]:
-        return map(Batch, count(), self.source.read(self.device))
+        step, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
+        return map(Batch, count(), self.source.read(self.device), count(rank, step))
 
     def _weight(self, batch: Batch) -> float:
         """Return the weight of a batch, which is asked for once; zero for one without samples."""
@@ -170,16 +203,12 @@ class BatchSums:
             elif self.weight_of is None:
                 self._weights[index] = 1.0
             else:
-                with self.randomness(index).replayed():
+                with self.randomness(batch).replayed():
                     self._weights[index] = self.weight_of(batch.args)
         return self._weights[index]
 
     def _require_whole(self, read: int, divisor: float) -> None:
-        """Refuse a pass over nothing, and one over more or less than the first."""
-        if not divisor:
-            problem = f"there is nothing to sum: {read} batches with a weight of zero together"
-            mend = "A generator can be read once only: pass a list, a DataLoader, or what gives a new iterator"
-            raise ArgumentError(message("Batches", problem, mend))
+        """Refuse a pass over more or less than the first."""
         if self._whole is None:
             self._whole = read, divisor
         if self._whole != (read, divisor):

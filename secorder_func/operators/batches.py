@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from secorder_func.operators.fisher import (
     number_of_losses,
 )
 from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.ranks import Ranks, mark_of
 from secorder_func.operators.versions import Versions
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
@@ -61,6 +63,9 @@ class Batches:
     check_weights
         Whether to split the first batch in two and refuse weights and a reduction that contradict the three losses; see
         Notes.
+    group
+        A `torch.distributed` process group, or True for that of all processes: each process has a share of the data,
+        of any size, and all make the same calls and get the same results. See the page on several processes.
 
     Notes
     -----
@@ -100,6 +105,7 @@ class Batches:
         weight: Weight | None = None,
         prepare: Callable[[Any], tuple[Any, ...]] | None = None,
         check_weights: bool = True,
+        group: Any = None,
     ) -> None:
         where = "Batches"
         if isinstance(data, Tensor):
@@ -129,6 +135,7 @@ class Batches:
         self._user_weight = weight
         self._prepare = prepare
         self._check_weights = check_weights
+        self._ranks = None if group is None else Ranks(group, where)
         self._generators = _generators_of(data)
         self._states = [generator.get_state() for generator in self._generators]
         self._random = RandomState.now([])
@@ -205,7 +212,7 @@ class Batches:
             if f is not None and sums is not None:
                 values = []
                 for _ in range(2):
-                    with sums.randomness(index).replayed(), torch.no_grad():
+                    with sums.randomness(Batch(index, batch, index)).replayed(), torch.no_grad():
                         values.append(f(params, *batch))
                 first, second = (float(value) for value in values)
                 if first != second and not (math.isnan(first) and math.isnan(second)):
@@ -264,7 +271,10 @@ class Batches:
     ) -> BatchSums:
         leaves = tuple(tree.flatten(params)[0])
         weight_of = weight if self._reduction == "mean" else None
-        return BatchSums(self, leaves, weight_of, multiplies)
+        return BatchSums(self, leaves, weight_of, multiplies, self._ranks)
+
+    def _agreed(self, seed: int) -> int:
+        return seed if self._ranks is None else int(self._ranks.agree(seed))
 
     def _require_right_weights(
         self, value: Callable[[Batch], Tensor | None], sums: BatchSums
@@ -273,6 +283,8 @@ class Batches:
         if not self._check_weights:
             return
         first = sums.first()
+        if first is None:
+            return
         tensors, restore = tree.tensors_and_rest(first.args)
         counts = {t.shape[0] if t.ndim else 0 for t in tensors}
         count = counts.pop() if len(counts) == 1 else 0
@@ -280,13 +292,13 @@ class Batches:
             return  # it cannot be split
         cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
         halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]
-        state = sums.randomness(first.index)
+        state = sums.randomness(first)
         terms = []
         for args in (first.args, *halves):
             weight = self._weight(args) if self._reduction == "mean" else 1.0
             with state.replayed(), torch.no_grad():
                 try:
-                    found = value(Batch(first.index, args)) if weight else torch.zeros(())
+                    found = value(replace(first, args=args)) if weight else torch.zeros(())
                 except Exception:
                     if args is first.args:
                         raise
@@ -375,10 +387,10 @@ class Batches:
         check_likelihood(likelihood, where)
         check_params(params, where)
         check_mode(mode, where)
-        seed = None if num_samples is None else draw_seed(generator)
+        seed = None if num_samples is None else self._agreed(draw_seed(generator))
 
         def model_of(batch: Batch) -> tuple[ModelFn, LossFn, Any, Any]:
-            own = None if seed is None else torch.Generator().manual_seed(seed + batch.index)
+            own = None if seed is None else torch.Generator().manual_seed(seed + batch.number)
             return fisher_model(
                 *(model_fn, likelihood, params, batch.args[0]),
                 num_samples=num_samples,
@@ -425,7 +437,7 @@ class Batches:
         def losses(args: Args) -> float:
             if self._user_weight is not None:
                 return self._users(args)
-            return float(number_of_losses(model_of(Batch(0, args)), params))
+            return float(number_of_losses(model_of(Batch(0, args, 0)), params))
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=False)
         return _operator(kind, self._sums(params, losses, multiplies=False), params)
@@ -506,6 +518,9 @@ def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
     leaves, unflatten = tree.flatten(params)
     versions = Versions(leaves)
 
+    def mark(vectors: Tree) -> float:
+        return 0.0 if sums.ranks is None else mark_of(tree.flatten(vectors)[0])
+
     def several(batch: Batch) -> LinearOperator:
         op = kind.operator(batch)
         known = sums.memory.setdefault("bytes", {})
@@ -520,7 +535,8 @@ def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
         def add_product(batch: Batch, add: Add) -> None:
             add(tree.flatten(kind.product(batch, v))[0])
 
-        totals = sums.over("a product", [_wide_zeros(leaf) for leaf in leaves], add_product)
+        zeros = [_wide_zeros(leaf) for leaf in leaves]
+        totals = sums.over("a product", zeros, add_product, mark=mark(v))
         return unflatten([t.to(leaf.dtype) for t, leaf in zip(totals, leaves, strict=True)])
 
     def matmat(vectors: Tree) -> Tree:
@@ -544,7 +560,7 @@ def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
                 add(tree.flatten(product)[0], rows)
 
         zeros = [_wide_zeros(leaf, count) for leaf in leaves]
-        totals = sums.over(f"{count} products", zeros, add_products)
+        totals = sums.over(f"{count} products", zeros, add_products, mark=mark(vectors))
         return unflatten([t.to(leaf.dtype) for t, leaf in zip(totals, leaves, strict=True)])
 
     def quadratic(vectors: Tree) -> Tensor:
@@ -570,11 +586,13 @@ def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
                 add([part.detach()], rows)
 
         zeros = torch.zeros(count, dtype=torch.float64, device=leaves[0].device)
-        return sums.over(f"{count} forms", [zeros], add_forms)[0].to(number)
+        return sums.over(f"{count} forms", [zeros], add_forms, mark=mark(vectors))[0].to(number)
 
     def on_first(v: Tree) -> Tree:
         batch = sums.first()
-        with sums.randomness(batch.index).replayed():
+        if batch is None:
+            return tree.zeros_like(like)
+        with sums.randomness(batch).replayed():
             return kind.product(batch, v)
 
     like = tree.map(Tensor.detach, params)
@@ -594,6 +612,7 @@ def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
         rows=rows,
         passes=True,
         witness=LinearOperator(on_first, like),
+        ranks=sums.ranks,
     )
 
 

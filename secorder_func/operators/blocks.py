@@ -142,6 +142,7 @@ def block_of(op: LinearOperator, selection: Selection, where: str) -> dict[str, 
         "symmetric": op.symmetric,
         "mode": op.mode,
         "passes": op.passes,
+        "ranks": op.ranks,
     }
 
 
@@ -180,4 +181,5 @@ def block_diagonal_of(
         "matmat": matmat,
         "symmetric": op.symmetric,
         "passes": op.passes,
+        "ranks": op.ranks,
     }

@@ -22,8 +22,10 @@ from secorder_func.operators.blocks import Selection, block_diagonal_of, block_o
 from secorder_func.operators.chunks import Chunks, default_memory_budget
 from secorder_func.operators.forms import FormsLike
 from secorder_func.operators.per_sample_operator import PerSampleOperator
+from secorder_func.operators.ranks import Ranks
 from secorder_func.operators.rows import RowsLike
 from secorder_func.operators.scipy_form import scipy_form
+from secorder_func.seeds import draw_seed
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import ChunkSize, MatVec, Tree
 
@@ -67,6 +69,8 @@ class LinearOperator:
         many vectors at once as memory holds.
     witness
         An operator that is cheaper, and another one where this is another one, by which a checkpoint knows it again.
+    ranks
+        The processes that make the product together, if they are several.
 
     Examples
     --------
@@ -91,6 +95,7 @@ class LinearOperator:
     compile_seconds: float | None = None
     passes: bool = False
     witness: LinearOperator | None = None
+    ranks: Ranks | None = None
     _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -194,6 +199,11 @@ class LinearOperator:
             known=known,
         )
 
+    def draw_seed(self, generator: torch.Generator | None) -> int:
+        """Return the next value of a generator, torch's global one if None; the same in all processes."""
+        seed = draw_seed(generator)
+        return seed if self.ranks is None else int(self.ranks.agree(seed))
+
     def _mm(self, vectors: Tree) -> Tree:
         if self.matmat is not None:
             return self.matmat(vectors)
@@ -228,6 +238,7 @@ class LinearOperator:
             symmetric=self.symmetric and other.symmetric,
             mode=self.mode if self.mode == other.mode else None,
             passes=self.passes or other.passes,
+            ranks=self.ranks or other.ranks,
         )
 
     def __mul__(self, factor: Any) -> LinearOperator:
@@ -294,6 +305,7 @@ class LinearOperator:
             symmetric=self.symmetric,
             mode=self.mode,
             passes=self.passes,
+            ranks=self.ranks,
         )
 
     def block(self, selection: Selection) -> LinearOperator:

@@ -14,6 +14,7 @@ from secorder_func.errors import ArgumentError, message
 from secorder_func.operators.chunks import Chunks
 from secorder_func.operators.forms import Forms
 from secorder_func.operators.rows import Rows
+from secorder_func.seeds import draw_seed
 from secorder_func.typing import ChunkSize, MatVec, Tree
 
 __all__ = ["PerSampleOperator"]
@@ -70,6 +71,10 @@ class PerSampleOperator:
         """Rows and columns of each matrix."""
         n = tree.numel(self.like)
         return (n, n)
+
+    @property
+    def ranks(self) -> None:
+        """The processes that make products together: one alone."""
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -171,6 +176,10 @@ class PerSampleOperator:
             entries=self.shape[0] * self.num_samples,
             known=self._bytes,
         )
+
+    def draw_seed(self, generator: torch.Generator | None) -> int:
+        """Return the next value of a generator, torch's global one if None."""
+        return draw_seed(generator)
 
     def require_real(self, where: str) -> None:
         """Refuse a complex space."""
