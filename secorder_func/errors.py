@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CheckpointError",
+    "CheckpointWarning",
     "ConvergenceWarning",
     "CurvatureFallbackWarning",
     "HiddenParameterError",
@@ -28,6 +29,10 @@ class CurvatureFallbackWarning(UserWarning):
 
     The numbers are as exact as before; time and memory may differ. The message names the cause.
     """
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written; the computation goes on."""
 
 
 class ConvergenceWarning(UserWarning):

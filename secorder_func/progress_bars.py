@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import distributed
 
 from secorder_func import running
+from secorder_func.checks import check_tolerance
 from secorder_func.errors import MissingExtraError
 
 __all__ = ["progress"]
@@ -24,8 +26,8 @@ def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
     """Show a bar with the time left for every computation inside that takes longer than two seconds.
 
     Estimators, eigensolvers, densities, matrix functions and linear solvers count products, and passes over `Batches`
-    count batches. Bars are written to standard error, if that is a terminal, or into a notebook, by the first
-    process of several; nowhere else.
+    count batches. Bars are written to standard error, if that is a terminal, or into a notebook, by the first process
+    of several; nowhere else.
 
     Parameters
     ----------
@@ -45,7 +47,12 @@ def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
     ...     print(hutchinson_trace(LinearOperator(lambda v: 2 * v, torch.zeros(3)), 8))
     6 ± 0 (8 products)
     """
-    bars = _Bars(seconds)
+    check_tolerance(seconds, "progress", name="seconds")
+    console = _console()
+    if console is None or any(isinstance(other, _Bars) for other in running.watchers()):
+        yield  # there is nothing to show it on, or someone shows it
+        return
+    bars = _Bars(console, float(seconds))
     try:
         with running.watched(bars):
             yield
@@ -53,50 +60,54 @@ def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
         bars.close()
 
 
-def _is_first() -> bool:
-    """Say whether this is the first process of its group, or the only one."""
-    return not (
-        distributed.is_available() and distributed.is_initialized() and distributed.get_rank()
-    )
+def _console() -> Any:
+    """Return where bars are shown, None for nowhere."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("progress", "rich", "progress") from error
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        return None
+    if not _is_terminal(sys.stderr):
+        console = Console(file=sys.stdout) if sys.stdout is not None else None
+        return console if console is not None and console.is_jupyter else None
+    return Console(stderr=True)
 
 
-class _Bars:
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # there is none, or it was closed
+        return False
+
+
+class _Bars(running.Watcher):
     """A bar for each task, from some seconds after the first of them began."""
 
-    def __init__(self, seconds: float) -> None:
-        try:
-            from rich.console import Console
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("progress", "rich", "progress") from error
-        console = Console(stderr=True)
-        shown = (sys.stderr.isatty() or console.is_jupyter) and _is_first()
-        self._console = console if shown else None
-        self._seconds = seconds
+    def __init__(self, console: Any, seconds: float) -> None:
+        self._console, self._seconds = console, seconds
         self._lock = threading.RLock()
         self._tasks: list[running.Task] = []
         self._bars: dict[int, Any] = {}
+        self._since = 0.0
         self._live: Any = None
         self._timer: threading.Timer | None = None
+        self._closed = False
 
     def begun(self, task: running.Task, /) -> None:
-        if self._console is None:
-            return
         with self._lock:
+            if not self._tasks:
+                self._since = time.monotonic()
             self._tasks.append(task)
             if self._live is not None:
                 self._add(task)
             elif self._timer is None:
-                self._timer = threading.Timer(self._seconds, self._show)
-                self._timer.daemon = True
-                self._timer.start()
+                self._wait(self._seconds)
 
     def advanced(self, task: running.Task, /) -> None:
         with self._lock:
             if self._live is not None and id(task) in self._bars:
                 self._live.update(self._bars[id(task)], completed=task.done, total=task.total)
-
-    def cancelled(self, task: running.Task, /) -> None:
-        pass
 
     def ended(self, task: running.Task, /) -> None:
         with self._lock:
@@ -106,44 +117,39 @@ class _Bars:
             if bar is not None and self._live is not None:
                 self._live.remove_task(bar)
             if not self._tasks:
-                self.close()
+                self._hide()
 
     def close(self) -> None:
-        """Take everything away."""
+        """Take everything away, for good."""
         with self._lock:
+            self._closed = True
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
-            if self._live is not None:
-                self._live.stop()
-                self._live = None
-            self._bars.clear()
+            self._hide()
+
+    def _hide(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._bars.clear()
+
+    def _wait(self, seconds: float) -> None:
+        if self._closed:
+            return
+        self._timer = threading.Timer(seconds, self._show)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _show(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         with self._lock:
-            if not self._tasks or self._live is not None:
+            self._timer = None
+            if self._closed or not self._tasks or self._live is not None:
                 return
-            self._live = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}", markup=False),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-                speed_estimate_period=float("inf"),  # steps may take minutes
-            )
+            left = self._since + self._seconds - time.monotonic()
+            if left > 0:  # what was begun when the wait began is over
+                self._wait(left)
+                return
+            self._live = _live(self._console)
             for task in self._tasks:
                 self._add(task)
             self._live.start()
@@ -152,3 +158,28 @@ class _Bars:
         self._bars[id(task)] = self._live.add_task(
             task.what, total=task.total, completed=task.done, unit=task.unit
         )
+
+
+def _live(console: Any) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=_is_terminal(sys.stdout),  # what goes to a file stays there
+        speed_estimate_period=float("inf"),  # steps may take minutes
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 __all__ = [
     "Cancelled",
@@ -21,9 +21,12 @@ __all__ = [
     "advance",
     "further",
     "interruptible",
+    "look",
+    "only_outermost",
     "task",
     "unwatched",
     "watched",
+    "watchers",
 ]
 
 
@@ -31,7 +34,7 @@ class Cancelled(KeyboardInterrupt):
     """Someone asked for the computation to end."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """A computation that is going on.
 
@@ -43,28 +46,31 @@ class Task:
         How many there will be, None if nobody knows.
     state
         What it takes to go on from where it is, in numbers, strings and tensors; valid until the next `advance`.
+    detail
+        Which one it is, of several of the same name.
+    together
+        Whether other processes take part: then it is not cancelled by itself, but where all learn of it.
     parent
         The task that waits for it.
     resumed
         The state of an interrupted run to go on from, put here by a watcher that has one.
     kept
-        Whether a watcher asks for the state.
-    together
-        Whether other processes take part: then it is not cancelled by itself, but where all learn of it.
+        Whether a watcher will ask for the state.
     """
 
     what: str
     unit: str
     total: int | None
     state: Callable[[], dict[str, Any]] | None = None
+    detail: str = ""
+    together: bool = False
     parent: Task | None = None
     resumed: dict[str, Any] | None = None
     kept: bool = False
-    together: bool = False
     done: int = field(default=0, init=False)
 
 
-class Watcher(Protocol):
+class Watcher:
     """Who is told of tasks."""
 
     def begun(self, task: Task, /) -> None:
@@ -73,8 +79,11 @@ class Watcher(Protocol):
     def advanced(self, task: Task, /) -> None:
         """One has got further."""
 
+    def looked(self, task: Task | None, /) -> None:
+        """One goes on, and is not further; or something that is no task."""
+
     def cancelled(self, task: Task, /) -> None:
-        """One is about to be cancelled where it is."""
+        """One is about to be cancelled where it is; those that wait for it follow."""
 
     def ended(self, task: Task, /) -> None:
         """One has ended, or failed."""
@@ -84,24 +93,30 @@ _watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("secorder_func_watchers"
 _task: ContextVar[Task | None] = ContextVar("secorder_func_task", default=None)
 
 
+def watchers() -> tuple[Watcher, ...]:
+    """Return who watches."""
+    return _watchers.get()
+
+
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
     """Let someone watch what is computed inside."""
-    token = _watchers.set((*_watchers.get(), watcher))
+    _watchers.set((*_watchers.get(), watcher))
     try:
         yield
-    finally:
-        _watchers.reset(token)
+    finally:  # by name: a generator may leave its context in another order
+        _watchers.set(tuple(other for other in _watchers.get() if other is not watcher))
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Let nobody watch: what follows a cancellation is to be done."""
-    token = _watchers.set(())
+    before = _watchers.get()
+    _watchers.set(())
     try:
         yield
     finally:
-        _watchers.reset(token)
+        _watchers.set(before)
 
 
 @contextmanager
@@ -111,11 +126,12 @@ def task(
     unit: str,
     state: Callable[[], dict[str, Any]] | None = None,
     *,
+    detail: str = "",
     together: bool = False,
 ) -> Iterator[Task]:
     """Say what is computed inside."""
-    new = Task(what, unit, total, state, _task.get(), together=together)
-    token = _task.set(new)
+    new = Task(what, unit, total, state, detail, together, _task.get())
+    _task.set(new)
     begun: list[Watcher] = []
     try:
         for watcher in _watchers.get():
@@ -123,27 +139,18 @@ def task(
             begun.append(watcher)
         yield new
     finally:
-        _task.reset(token)
+        _task.set(new.parent)
         for watcher in begun:
             watcher.ended(new)
 
 
-def advance(done: int, total: int | None = None) -> None:
-    """Say how far the present task is, and to how many it goes if that has changed."""
+def advance(done: int) -> None:
+    """Say how far the present task is."""
     present = _task.get()
     if present is None:
         return
     present.done = done
-    if total is not None:
-        present.total = total
-    watchers = _watchers.get()
-    try:
-        for watcher in watchers:
-            watcher.advanced(present)
-    except Cancelled:
-        for watcher in watchers:
-            watcher.cancelled(present)
-        raise
+    _tell(present, lambda watcher: watcher.advanced(present))
 
 
 def further(steps: int) -> None:
@@ -153,34 +160,61 @@ def further(steps: int) -> None:
         advance(present.done + steps)
 
 
-class _Interruption:
+def look() -> None:
+    """Let who watches end what is going on, if it is asked for."""
+    present = _task.get()
+    _tell(present, lambda watcher: watcher.looked(present))
+
+
+def only_outermost() -> bool:
+    """Say whether nothing waits for the present task: only then may it end with what it has, being cancelled."""
+    present = _task.get()
+    return present is not None and present.parent is None
+
+
+def _tell(present: Task | None, what: Callable[[Watcher], None]) -> None:
+    all_watchers = _watchers.get()
+    try:
+        for watcher in all_watchers:
+            what(watcher)
+    except Cancelled:
+        while present is not None:
+            for watcher in all_watchers:
+                watcher.cancelled(present)
+            present = present.parent
+        raise
+
+
+class _Interruption(Watcher):
     """Ends what is watched, once it was asked for."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
-
-    def begun(self, task: Task, /) -> None:
-        pass
+        self.heard = False
 
     def advanced(self, task: Task, /) -> None:
-        if self.asked.is_set() and not task.together:
-            raise Cancelled(f"{task.what} was cancelled after {task.done} {task.unit}")
+        self.looked(task)
 
-    def cancelled(self, task: Task, /) -> None:
-        pass
-
-    def ended(self, task: Task, /) -> None:
-        pass
+    def looked(self, task: Task | None, /) -> None:
+        if self.asked.is_set() and not (task is not None and task.together):
+            self.heard = True
+            what = "the computation" if task is None else f"{task.what}"
+            where = "" if task is None else f" after {task.done} {task.unit}"
+            raise Cancelled(f"{what} was cancelled{where}")
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Let Ctrl-C end a long computation inside so that it returns what it has.
 
-    Estimators, eigensolvers, densities and linear solvers stop at the next step and return the partial result, with a
-    `ConvergenceWarning`; only where there is nothing yet, `KeyboardInterrupt` follows. A second Ctrl-C interrupts at
-    once. What is yielded is a function that asks for the same, from another thread say; outside of the main thread,
-    which alone gets signals, it is the only way.
+    Estimators, `eigsh`, densities, matrix functions and linear solvers stop at the next step and return the partial
+    result, with a `ConvergenceWarning`. Where there is no partial result, as of an exact function, or of an estimate
+    over `Batches` all of whose probes share one pass, `KeyboardInterrupt` follows; a checkpoint keeps the pass. What
+    comes after it in the same block is cancelled, too. A second Ctrl-C interrupts at once.
+
+    What is yielded is a function that asks for the same, from another thread say. The block must be entered in the
+    thread that computes; outside of the main thread, which alone gets signals, only the function ends it. Who ignores
+    SIGINT (`nohup`) is not interrupted.
 
     Examples
     --------
@@ -197,21 +231,32 @@ def interruptible() -> Iterator[Callable[[], None]]:
     6 ± 0 (8 products)
     """
     interruption = _Interruption()
-    main = threading.current_thread() is threading.main_thread()
-    before: Any = signal.getsignal(signal.SIGINT) if main else None
+    outer = [watcher for watcher in watchers() if isinstance(watcher, _Interruption)]
+    before: Any = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+    catches = before not in (None, signal.SIG_IGN)
 
     def asked(number: int, frame: Any) -> None:
-        if interruption.asked.is_set():
-            signal.signal(signal.SIGINT, before)
+        if not interruption.asked.is_set():
+            interruption.asked.set()
+            return
+        interruption.heard = True
+        signal.signal(signal.SIGINT, before)
+        if not callable(before):
             raise KeyboardInterrupt
-        interruption.asked.set()
+        before(number, frame)
 
-    catches = main and before is not None
     if catches:
         signal.signal(signal.SIGINT, asked)
     try:
         with watched(interruption):
             yield interruption.asked.set
+        if interruption.asked.is_set() and not interruption.heard:
+            raise KeyboardInterrupt  # nothing inside has looked
     finally:
-        if catches:
+        if interruption.asked.is_set():
+            for other in outer:
+                other.asked.set()
+        if catches and signal.getsignal(signal.SIGINT) is asked:
             signal.signal(signal.SIGINT, before)

@@ -319,7 +319,8 @@ class _Run:
                 self._spaces.run()
                 self._add(self._spaces)
         except running.Cancelled:
-            if not self._nodes and (self._spaces is None or not self._spaces.done):
+            nothing = not self._nodes and (self._spaces is None or not self._spaces.done)
+            if nothing or not running.only_outermost():
                 raise
             problem = f"cancelled after {self.spent} of {self._count * self._steps} products"
             mend = (

@@ -10,8 +10,7 @@ from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Operator, Sampling, exact_forms, settings_of
 from secorder_func.algorithms.low_rank import (
-    RangeFinder,
-    Sketched,
+    OfRange,
     error_of_mean,
     left_out,
     mean_over_pairs,
@@ -161,14 +160,7 @@ def xdiag(
     return estimated(op, target, resume, generator, begin, where, checkpoint, settings)
 
 
-class _XDiag(Sketched):
-    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
-        super().__init__(op, sampling, state)
-        self.range = RangeFinder(op, sampling, state)
-
-    def grow(self, total: int) -> None:
-        self.range.extend(max(1, total // 2))
-
+class _XDiag(OfRange):
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
         Q, AQ, R = self.range.basis, self.range.products, self.range.triangle
         probes = self.range.sketch.probes()
@@ -185,9 +177,6 @@ class _XDiag(Sketched):
         parts = [_covariance(F[:, part], E[:, part], weighted[:, part], near) for part in some]
         return values, error_of_mean(values, torch.cat(parts)), 2 * k
 
-    def cut(self) -> int:
-        return 2 * self.range.cut()
-
     def whole(self) -> Tensor:
         sampling = self.sampling
         diagonal = exact_diagonal(
@@ -197,9 +186,6 @@ class _XDiag(Sketched):
 
     def shaped(self, value: Tensor) -> Tree:
         return tree.ravel(self.op.like)[1](value)
-
-    def kept(self) -> State:
-        return self.range.state()
 
 
 _PAIRS_AT_ONCE = 2**22

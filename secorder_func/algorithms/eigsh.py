@@ -259,7 +259,8 @@ class _Run:
             self._next = self._queue.pop(0) if self._queue else self._random()
             return
         self.count = len(state["V"])
-        self._V[: self.count], self._W[: self.count], self._H = state["V"], state["W"], state["H"]
+        known = slice(self.count)
+        self._V[known], self._W[known], self._H[known, known] = state["V"], state["W"], state["H"]
         for name in _NAMES:
             setattr(self, name, state[name])
 
@@ -268,7 +269,7 @@ class _Run:
         return {
             "V": self._V[: self.count].clone(),
             "W": self._W[: self.count].clone(),
-            "H": self._H,
+            "H": self._H[: self.count, : self.count].clone(),
             **{name: getattr(self, name) for name in _NAMES},
         }
 
@@ -294,7 +295,7 @@ class _Run:
         except running.Cancelled:
             if self._columns:
                 self._solve()
-            if self.count < self._k:
+            if self.count < self._k or not running.only_outermost():
                 raise
             return bool(self.converged)
         return self.converged

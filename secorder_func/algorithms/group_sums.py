@@ -15,12 +15,18 @@ from torch import Tensor
 
 from secorder_func import running, tree
 from secorder_func.algorithms.estimate import Estimate, State
-from secorder_func.algorithms.probes import Distribution, distribution_name, leaf_sampler
+from secorder_func.algorithms.probes import (
+    Distribution,
+    distribution_name,
+    leaf_sampler,
+    sphere,
+)
 from secorder_func.algorithms.stopping import Operator
 from secorder_func.algorithms.wide import wide
+from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators.chunks import check_chunk_size
-from secorder_func.operators.forms import Draw, FormsLike, group_size, plan_of
+from secorder_func.operators.forms import FormsLike, group_size, plan_of, units
 from secorder_func.typing import ChunkSize, Tree
 
 __all__ = ["GroupSums", "Operator", "Sampling", "exact_forms", "mean_and_error", "settings_of"]
@@ -54,6 +60,7 @@ class Sampling:
         self.memory_budget = memory_budget
         self.where = where
         self.chunks = op.chunks(chunk_size, memory_budget, where)
+        self._drawn = _seen(distribution, op.like)
 
     def probes(self, start: int, rows: slice) -> Tree:
         """Return some probes, counted from `start`."""
@@ -67,6 +74,7 @@ class Sampling:
         return {
             "seed": self.seed,
             "distribution": distribution_name(self.distribution),
+            "drawn": self._drawn,
             "names": tree.names(self.op.like),
             "shapes": [list(leaf.shape) for leaf in leaves],
             "dtypes": [str(leaf.dtype) for leaf in leaves],
@@ -81,6 +89,13 @@ class Sampling:
                 raise ArgumentError(
                     message(self.where, problem, "Continue with the same operator and settings")
                 )
+
+
+def _seen(distribution: Distribution, like: Tree) -> str | None:
+    """Return by what a distribution of the user's is known again; of ours the name suffices."""
+    if distribution is sphere or leaf_sampler(distribution) is not None:
+        return None
+    return digest(tree.flatten(distribution(0, range(1), like))[0])
 
 
 class GroupSums:
@@ -112,10 +127,10 @@ class GroupSums:
         self._aim, self._group = 0, 1
         if state is not None:
             sampling.require_same(state)
-            sampling.chunks.settle(state["taken"])
             self.sizes, self.sums = list(state["sizes"]), [state["sums"]]
             self.count, self.by_propagation = sum(self.sizes), state["by_propagation"]
             self._aim, self._group = state["aim"], state["group"]
+            self.largest = state["largest"]
             if forms is not None and state["term"] is not None:
                 forms.largest = state["term"]
 
@@ -134,8 +149,8 @@ class GroupSums:
 
         probes = partial(self._sampling.probes, start)
         for part in self._sampling.chunks.map(probes, numbers, total - start):
+            self.largest = max(self.largest, part.shape[0])
             self._add(part, [1] * part.shape[0])
-        self.largest = max(self.largest, self._sampling.chunks.largest)
 
     def cut(self) -> int:
         """Return how many probes there are: none is ever half done."""
@@ -159,10 +174,10 @@ class GroupSums:
         """Return the sums so far."""
         return {
             **self._sampling.state(),
-            "taken": self._sampling.chunks.taken,
             "sums": torch.cat(self.sums).detach() if self.sums else torch.zeros(0),
             "sizes": self.sizes,
             "by_propagation": self.by_propagation,
+            "largest": self.largest,
             "aim": self._aim,
             "group": self._group,
             "term": None if self._forms is None else self._forms.largest,
@@ -249,16 +264,10 @@ def exact_forms(op: Operator, chunk_size: ChunkSize, budget: int | None) -> list
     for index, leaf in enumerate(leaves):
         plan = plan_of(op.like, op.device, chunk_size, budget)
         entries = range(leaf.numel())
-        draws = partial(_units, leaf, index, len(leaves))
+        draws = partial(units, leaf, index, len(leaves))
         parts = list(forms.in_groups(draws, entries, plan))
         if sum(len(part.sizes) for part in parts) < len(entries):
             return None
         sums = [part.sums for part in parts]
         found.append(torch.cat(sums) if sums else leaf.new_zeros(0, *op.batch_shape))
     return found
-
-
-def _units(leaf: Tensor, index: int, count: int, entries: range) -> list[Draw | None]:
-    """Return what draws unit vectors of one of so many leaves; the others have no terms."""
-    draw = partial(tree.basis, leaf, entries.start, entries.stop)
-    return [draw if place == index else None for place in range(count)]

@@ -104,6 +104,8 @@ def run(iteration: Iteration, steps: int) -> tuple[Tensor, list[End], dict[int, 
             iteration.step()
             running.further(1)
         except running.Cancelled:  # in the middle of a product, before which nothing has changed
+            if not running.only_outermost():
+                raise
             iteration.end.fill_(int(End.CANCELLED))
             steps = taken
         else:

@@ -55,8 +55,7 @@ def solve(
         raise ArgumentError(message(where, problem))
     most = max(1, min(20 * rows.shape[1], _MOST)) if max_matvecs is None else max_matvecs
     solver = _Solver(iteration, system, most)
-    with running.task(where, None, "steps", together=op.ranks is not None):
-        found = solver.solve(rows, start, [float(rtol)] * len(rows), float(atol))
+    found = solver.solve(rows, start, [float(rtol)] * len(rows), float(atol))
     return _solution(found, system, batched)
 
 
@@ -87,15 +86,16 @@ class _Solver:
         system, before = self.system, self.system.num_matvecs
         refuse_vmap_and_jvp(system.where)
         refuse_forward_mode(system.where, b)
-        found = self._refined(b.detach(), start, rtol, atol)
+        with running.task(system.where, None, "steps", together=system.op.ranks is not None):
+            found = self._refined(b.detach(), start, rtol, atol)
         self._warn(found)
         if differentiated_outside(b) or (torch.is_grad_enabled() and system.differentiated):
             # An absolute tolerance means nothing to the scale of a gradient, nor does a loose one.
             relative = [min(r, _BACKWARD) if r else _BACKWARD for r in rtol]
+            with running.unwatched() if End.CANCELLED in found.ends else nullcontext():
+                rest = b - system.recorded_product(found.x)
             found.x = implicit_solution(
-                found.x,
-                b - system.recorded_product(found.x),
-                lambda grad: self.solve(grad, None, relative, 0.0).x,
+                found.x, rest, lambda grad: self.solve(grad, None, relative, 0.0).x
             )
         found.num_matvecs = system.num_matvecs - before
         return found

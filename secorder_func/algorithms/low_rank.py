@@ -21,6 +21,7 @@ from secorder_func.operators import LinearOperator
 from secorder_func.typing import Tree
 
 __all__ = [
+    "OfRange",
     "Products",
     "RangeFinder",
     "Sketch",
@@ -89,7 +90,6 @@ class Sketch:
         self._sampling = sampling
         if state is not None:
             sampling.require_same(state)
-            sampling.chunks.settle(state["taken"])
         self.products = Products(op, sampling, None if state is None else state["images"])
 
     @property
@@ -114,8 +114,7 @@ class Sketch:
 
     def state(self) -> State:
         """Return the products so far."""
-        taken = self._sampling.chunks.taken
-        return {**self._sampling.state(), "taken": taken, "images": self.images}
+        return {**self._sampling.state(), "images": self.images}
 
 
 class RangeFinder:
@@ -241,6 +240,26 @@ class Sketched:
     def kept(self) -> State:
         """Return the products."""
         raise NotImplementedError
+
+
+class OfRange(Sketched):
+    """One that spends half of its products on a range and half on the products with that."""
+
+    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
+        super().__init__(op, sampling, state)
+        self.range = RangeFinder(op, sampling, state)
+
+    def grow(self, total: int) -> None:
+        """Make the products that are missing."""
+        self.range.extend(max(1, total // 2))
+
+    def cut(self) -> int:
+        """Drop what is half done, and return how many products an estimate can be made from."""
+        return 2 * self.range.cut()
+
+    def kept(self) -> State:
+        """Return the products."""
+        return self.range.state()
 
 
 def left_out(triangle: Tensor) -> tuple[Tensor, Tensor, Tensor]:

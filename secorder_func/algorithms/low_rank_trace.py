@@ -9,6 +9,7 @@ from secorder_func.algorithms.checkpoint import CheckpointLike
 from secorder_func.algorithms.estimate import Estimate, State
 from secorder_func.algorithms.group_sums import Sampling, settings_of
 from secorder_func.algorithms.low_rank import (
+    OfRange,
     RangeFinder,
     Sketch,
     Sketched,
@@ -264,8 +265,9 @@ class _HutchPP(_SketchedTrace):
         self.rest = Sketch(op, rest, None if state is None else state["rest"])
 
     def grow(self, total: int) -> None:
-        self.range.extend(total // 3)
-        self.rest.extend(total - 2 * (total // 3))
+        both = max(total // 3, len(self.range.products))  # more, where a run was cut short
+        self.range.extend(both)
+        self.rest.extend(max(self.rest.count, total - 2 * both))
 
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
         Q, AQ = self.range.basis, self.range.products
@@ -284,14 +286,7 @@ class _HutchPP(_SketchedTrace):
         return {**self.range.state(), "rest": self.rest.state()}
 
 
-class _XTrace(_SketchedTrace):
-    def __init__(self, op: LinearOperator, sampling: Sampling, state: State | None) -> None:
-        super().__init__(op, sampling, state)
-        self.range = RangeFinder(op, sampling, state)
-
-    def grow(self, total: int) -> None:
-        self.range.extend(max(1, total // 2))
-
+class _XTrace(_SketchedTrace, OfRange):
     def values(self, total: int) -> tuple[Tensor, Tensor, int]:
         Q, AQ = self.range.basis, self.range.products
         probes = self.range.sketch.probes()
@@ -326,12 +321,6 @@ class _XTrace(_SketchedTrace):
         without += forms * ((n - rank + loses.unsqueeze(1) + loses) / square)
         differences = values - without  # (i, j)
         return values, error_of_mean(values, mean_over_pairs(differences)), 2 * k
-
-    def cut(self) -> int:
-        return 2 * self.range.cut()
-
-    def kept(self) -> State:
-        return self.range.state()
 
 
 class _XNysTrace(_SketchedTrace):

@@ -10,7 +10,7 @@ from secorder_func.algorithms.density import Function, applied
 from secorder_func.algorithms.estimate import Estimate
 from secorder_func.algorithms.krylov_spaces import KrylovSpaces
 from secorder_func.checks import check_callable, check_count, check_like
-from secorder_func.errors import ArgumentError, message
+from secorder_func.errors import ArgumentError, ConvergenceWarning, message, warn_user
 from secorder_func.operators import LinearOperator
 from secorder_func.operators.linear_operator import check_real_operator, check_symmetric
 from secorder_func.operators.outside import refuse_transforms
@@ -86,8 +86,16 @@ def matrix_function(
     unit = start / length.clamp(min=torch.finfo(start.dtype).tiny)
     spaces = KrylovSpaces(op, unit.unsqueeze(0), steps, where)
     with running.task(where, steps, "products", together=op.ranks is not None):
-        spaces.run()
-    T, Q = spaces.projected(), spaces.Q
+        try:
+            spaces.run()
+        except running.Cancelled:
+            if not spaces.done or not running.only_outermost():
+                raise
+            problem = f"cancelled after {spaces.done} of {steps} products"
+            mend = "The error says how far off it is"
+            warn_user(message(where, problem, mend), ConvergenceWarning)
+            steps = spaces.done
+    T, Q = spaces.projected(), spaces.Q[:, :steps]
     eps = torch.finfo(start.dtype).eps
     fewer = max(1, steps - max(1, steps // 8))
     (value, rounding), (before, _) = (_applied(f, T[0, :m, :m], eps, where) for m in (steps, fewer))

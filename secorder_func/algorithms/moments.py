@@ -29,15 +29,14 @@ class Moments:
         self, sampling: Sampling, value: Callable[[Tree], Tree], state: State | None
     ) -> None:
         self._sampling, self._value = sampling, value
-        self.count = 0
+        self.count = self._largest = 0
         self._mean: list[Tensor] = []
         self._spread: list[Tensor] = []  # sums of squared deviations from the mean
         self._unflatten: Callable[[Any], Tree] = tuple
         self._dtypes: list[torch.dtype] = []
         if state is not None:
             sampling.require_same(state)
-            sampling.chunks.settle(state["taken"])
-            self.count = state["count"]
+            self.count, self._largest = state["count"], state["largest"]
             self._mean = state["mean"]
             self._spread = [leaf.clone() for leaf in state["spread"]]
             leaves, self._unflatten = tree.flatten(sampling.op.like)
@@ -61,6 +60,7 @@ class Moments:
         probes = partial(self._sampling.probes, self.count)
         for count, mean, spread in chunks.map(probes, moments, total - self.count):
             self._join(count, mean, spread)
+            self._largest = max(self._largest, count)
             running.advance(self.count)
 
     def _join(self, count: int, mean: list[Tensor], spread: list[Tensor]) -> None:
@@ -96,14 +96,14 @@ class Moments:
             self._unflatten([t.to(dtype) for t, dtype in zip(part, self._dtypes, strict=True)])
             for part in (self._mean, errors)
         )
-        return Estimate(value, error, total, self._sampling.chunks.largest, total - 1)
+        return Estimate(value, error, total, self._largest, total - 1)
 
     def state(self) -> State:
         """Return the moments so far."""
         return {
             **self._sampling.state(),
-            "taken": self._sampling.chunks.taken,
             "count": self.count,
+            "largest": self._largest,
             "mean": [leaf.detach() for leaf in self._mean],
             "spread": [leaf.clone() for leaf in self._spread],
         }

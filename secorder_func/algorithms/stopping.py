@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -118,6 +119,7 @@ def estimated(
     with (
         keeping(checkpoint, op, where, settings),
         running.task(where, None, "products", run.state, together=op.ranks is not None) as task,
+        nullcontext() if before is None else torch.no_grad(),
     ):
         state = before if task.resumed is None else task.resumed
         if state is not None:
@@ -209,7 +211,7 @@ class _Run:
         return within
 
     def _partial(self, gathered: Accumulated) -> Estimate:
-        done = gathered.cut()
+        done = gathered.cut() if running.only_outermost() else 0
         if not done:
             raise
         problem = f"cancelled after {done} of {self._goal} products"

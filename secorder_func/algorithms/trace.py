@@ -57,7 +57,7 @@ def hutchinson_trace(
         Where to stop all the same, with a `ConvergenceWarning`; the number of entries of the space if None.
     resume
         An earlier estimate of the same operator by this function, to be continued: `num_matvecs` counts from the
-        beginning, and the numbers are those of one run. Its seed is used, not the generator.
+        beginning, and the numbers are those of one run. Its seed is used, not the generator. No derivative is recorded.
     checkpoint
         A file in which it is kept while it runs, and from which it goes on if it was interrupted; see `Checkpoint`.
     generator

@@ -12,10 +12,18 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.operators.batch_kinds import Kind
 from secorder_func.operators.batch_sums import Add, Batch, BatchSums
-from secorder_func.operators.forms import Draw, Draws, FormsLike, Part, Plan, plan_of
-from secorder_func.operators.linear_operator import LinearOperator
+from secorder_func.operators.forms import (
+    Draw,
+    Draws,
+    FormsLike,
+    Part,
+    Plan,
+    plan_of,
+    rows_of,
+    units,
+)
 from secorder_func.operators.ranks import NoFormsError
-from secorder_func.operators.rows import Rows
+from secorder_func.operators.rows import RowsLike
 from secorder_func.operators.versions import Versions
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.policy import differentiated_outside, in_transform
@@ -55,15 +63,16 @@ class BatchForms:
         if self.outside or self.missing is not None or in_transform() or not len(span):
             return
         self._versions.require_unchanged()
-        each, memory = plan.group, self.sums.memory
+        each = plan.group
         first = span.start // each
 
         def add_forms(batch: Batch, add: Add) -> None:
             forms = self.of_batch(batch)
             if forms is None:
                 raise NoFormsError("the operator of a batch has no forms")
-            if "term" in memory:
-                plan.group, forms.largest = memory["group"], memory["term"]
+            # Every batch begins with whole groups, and with what is known of its shapes.
+            sizes = self.sums.sizes(batch)
+            plan.group, forms.largest = each, sizes.get("term")
             start = span.start
             for part in forms.in_groups(draws, range(start, span.stop), plan):
                 places = []
@@ -73,8 +82,8 @@ class BatchForms:
                 add([part.sums], torch.tensor(places))
             if start < span.stop:
                 raise NoFormsError(forms.missing or "the operator of a batch has no forms")
-            memory["group"] = plan.group
-            memory["term"] = self.largest = max(forms.largest or 0, self.largest or 0)
+            if forms.largest is not None:
+                sizes["term"] = forms.largest
 
         count = (span.stop - 1) // each - first + 1
         zeros = torch.zeros(count, dtype=torch.float64, device=self.leaves[0].device)
@@ -98,7 +107,7 @@ class BatchForms:
             return None
 
         def draws(rows: range) -> list[Draw | None]:
-            return [partial(_rows_of, stack.detach(), rows) for stack in stacks]
+            return [partial(rows_of, stack.detach(), rows) for stack in stacks]
 
         plan = plan_of(self.leaves, self.leaves[0].device, "auto", None)
         for part in self.in_groups(draws, range(count), plan):
@@ -117,13 +126,9 @@ class BatchForms:
         return BatchForms(self.sums, of_batch, leaves, self.outside)
 
 
-def _rows_of(stack: Tensor, rows: range) -> Tensor:
-    return stack[rows.start : rows.stop]
-
-
 @dataclass
 class BatchRows:
-    """The outer products of a sum over batches; where a batch has none that are cheap, its forms take their place.
+    """Traces and diagonals of a sum over batches in one pass: of outer products, or entry by entry.
 
     `indices` are the leaves of the space that are wanted, None for all.
     """
@@ -134,51 +139,37 @@ class BatchRows:
     indices: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._cheaper: bool | None = None
         self._versions = Versions(tree.flatten(self.like)[0])
 
     def cheaper(self) -> bool:
-        """Say whether the first batch has fewer rows a sample than the space has entries."""
-        if in_transform():
-            return False
-        if self._cheaper is None:
-            batch = self.sums.first()
-            found = None
-            if batch is not None:
-                with self.sums.randomness(batch).replayed():
-                    rows = self._of(batch)
-                    found = rows is not None and rows.cheaper()
-            ranks = self.sums.ranks
-            self._cheaper = bool(found) if ranks is None else ranks.all(found)
-        return self._cheaper
+        """Say whether there is a cheaper way than one vector after another: a pass for all is."""
+        return not in_transform()
 
     def traces(self, budget: int | None) -> Tensor:
         """Return the trace, `(1,)`."""
-        self._versions.require_unchanged()
-
-        def add_trace(batch: Batch, add: Add) -> None:
-            rows = self._of(batch)
-            if rows is not None and rows.cheaper():
-                add([rows.traces(budget).sum(0, keepdim=True)])
-            else:
-                entries = [leaf.sum().reshape(1) for leaf in self._by_forms(batch, budget)]
-                add([torch.stack([entry.to(entries[0]) for entry in entries]).sum(0)])
-
         device = tree.flatten(self.like)[0][0].device
         zero = torch.zeros(1, dtype=torch.float64, device=device)
+
+        def add_trace(batch: Batch, add: Add) -> None:
+            rows = self._rows(batch)
+            if rows is not None:
+                add([rows.traces(budget).sum(0, keepdim=True)])
+            else:
+                entries = [leaf.sum().to(zero) for leaf in self._entries(batch, budget)]
+                add([torch.stack(entries).sum(0, keepdim=True)])
+
+        self._versions.require_unchanged()
         return self.sums.over("the trace", [zero], add_trace)[0]
 
     def diagonals(self, budget: int | None, *, summed: bool) -> Leaves:
         """Return the diagonal, leaf by leaf."""
-        self._versions.require_unchanged()
 
         def add_diagonal(batch: Batch, add: Add) -> None:
-            rows = self._of(batch)
-            if rows is not None and rows.cheaper():
-                add(rows.diagonals(budget, summed=True))
-            else:
-                add(self._by_forms(batch, budget))
+            rows = self._rows(batch)
+            found = None if rows is None else rows.diagonals(budget, summed=True)
+            add(self._entries(batch, budget) if found is None else found)
 
+        self._versions.require_unchanged()
         leaves = self._leaves()
         zeros = [torch.zeros_like(t, dtype=torch.float64) for t in leaves]
         found = self.sums.over("the diagonal", zeros, add_diagonal)
@@ -186,23 +177,55 @@ class BatchRows:
 
     def restricted(self, indices: Sequence[int]) -> BatchRows:
         """Return the same of some leaves of the space, by their indices."""
-        before = range(len(self._leaves())) if self.indices is None else self.indices
+        before = self._wanted()
         return BatchRows(self.sums, self.kind, self.like, [before[index] for index in indices])
+
+    def _wanted(self) -> Sequence[int]:
+        count = len(tree.flatten(self.like)[0])
+        return range(count) if self.indices is None else self.indices
 
     def _leaves(self) -> list[Tensor]:
         leaves, _ = tree.flatten(self.like)
-        return leaves if self.indices is None else [leaves[index] for index in self.indices]
+        return [leaves[index] for index in self._wanted()]
 
-    def _of(self, batch: Batch) -> Rows | None:
+    def _rows(self, batch: Batch) -> RowsLike | None:
+        """Return the outer products of a batch, None where they are not cheaper."""
         rows = self.kind.rows(batch)
-        return rows if rows is None or self.indices is None else rows.restricted(self.indices)
+        if rows is not None and self.indices is not None:
+            rows = rows.restricted(self.indices)
+        return rows if rows is not None and rows.cheaper() else None
 
-    def _by_forms(self, batch: Batch, budget: int | None) -> list[Tensor]:
-        """Return the diagonal of a batch by one form for every entry."""
-        op: LinearOperator = self.kind.operator(batch)
-        chunks = op.chunks("auto", budget, "LinearOperator.quadratic_forms")
-        parts = chunks.map(op.basis, lambda vectors, rows: op.quadratic_forms(vectors), op.shape[0])
+    def _entries(self, batch: Batch, budget: int | None) -> list[Tensor]:
+        """Return the diagonal of a batch, entry by entry: by forms, or by products where it has none."""
         leaves, _ = tree.flatten(self.like)
-        pieces = torch.cat(list(parts)).split([leaf.numel() for leaf in leaves])
-        found = [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
-        return found if self.indices is None else [found[index] for index in self.indices]
+        forms = self.kind.forms(batch)
+        found = []
+        for index in self._wanted():
+            leaf = leaves[index]
+            parts: list[Part] = []
+            if forms is not None:
+                plan = plan_of(self.like, leaf.device, "auto", budget)
+                draws = partial(units, leaf, index, len(leaves))
+                parts = list(forms.in_groups(draws, range(leaf.numel()), plan))
+            if sum(len(part.sizes) for part in parts) < leaf.numel():
+                return self._entries_by_products(batch, budget)
+            sums = [part.sums for part in parts] or [leaf.new_zeros(0)]
+            found.append(torch.cat(sums).reshape(leaf.shape))
+        return found
+
+    def _entries_by_products(self, batch: Batch, budget: int | None) -> list[Tensor]:
+        op = self.kind.operator(batch)
+        leaves, _ = tree.flatten(self.like)
+        sizes = [leaf.numel() for leaf in leaves]
+        found = []
+        for index in self._wanted():
+            start = sum(sizes[:index])
+            chunks = op.chunks("auto", budget, "LinearOperator.quadratic_forms")
+            parts = chunks.map(
+                lambda rows, start=start: op.basis(slice(start + rows.start, start + rows.stop)),  # type: ignore[misc]
+                lambda vectors, rows: op.quadratic_forms(vectors).detach(),
+                sizes[index],
+            )
+            entries = [*parts] or [leaves[index].new_zeros(0)]
+            found.append(torch.cat(entries).reshape(leaves[index].shape))
+        return found

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from secorder_func.errors import ArgumentError, message
+from secorder_func.checks import check_like
+from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.batch_sums import Batch
 from secorder_func.operators.curvature import (
     ggn_forms,
@@ -18,9 +19,9 @@ from secorder_func.operators.curvature import (
     hessian_operator,
 )
 from secorder_func.operators.fisher import FisherModel
-from secorder_func.operators.forms import Forms
+from secorder_func.operators.forms import FormsLike
 from secorder_func.operators.linear_operator import LinearOperator
-from secorder_func.operators.rows import Rows
+from secorder_func.operators.rows import RowsLike
 from secorder_func.transforms.gauss_newton import flat_model, ggnvp
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.loss import checked_scalar, flat_loss
@@ -38,10 +39,10 @@ class Kind(Protocol):
     def operator(self, batch: Batch, /) -> LinearOperator:
         """Return the operator, for several vectors."""
 
-    def forms(self, batch: Batch, /) -> Forms | None:
+    def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there may be such."""
 
-    def rows(self, batch: Batch, /) -> Rows | None:
+    def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return the outer products, if there may be such."""
 
     def value(self, batch: Batch, /) -> Tensor | None:
@@ -68,11 +69,11 @@ class Hessian:
             self.f, self.params, *batch.args, mode=self.mode, check_finite=self.check_finite
         )
 
-    def forms(self, batch: Batch, /) -> Forms | None:
+    def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there may be such."""
         return hessian_forms(self._loss(batch), batch.args, self.check_finite)
 
-    def rows(self, batch: Batch, /) -> Rows | None:
+    def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return nothing: a Hessian is no sum of outer products."""
         return None
 
@@ -114,12 +115,12 @@ class GaussNewton:
             check_finite=self.check_finite,
         )
 
-    def forms(self, batch: Batch, /) -> Forms | None:
+    def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there may be such."""
         flat, (_, _, *data) = self._flat(batch)
         return ggn_forms(flat, tuple(data), self.check_finite)
 
-    def rows(self, batch: Batch, /) -> Rows | None:
+    def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return the outer products, if there may be such."""
         if self.check_finite:
             return None
@@ -143,6 +144,7 @@ class Other:
     """Whatever operator the user makes of a batch."""
 
     make: Callable[..., LinearOperator]
+    like: Tree
 
     def product(self, batch: Batch, v: Tree, /) -> Tree:
         """Return the product with one vector."""
@@ -153,18 +155,17 @@ class Other:
         found: Any = self.make(*batch.args)
         if not isinstance(found, LinearOperator):
             problem = f"make must return a LinearOperator, got {type(found).__name__}"
-            raise ArgumentError(message("Batches.operator", problem))
+            raise ArgumentTypeError(message("Batches.operator", problem))
+        check_like(found.like, self.like, "Batches.operator", name="make(*batch).like")
         return found
 
-    def forms(self, batch: Batch, /) -> Forms | None:
+    def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there are such."""
-        found = self.operator(batch).forms
-        return found if isinstance(found, Forms) else None
+        return self.operator(batch).forms
 
-    def rows(self, batch: Batch, /) -> Rows | None:
+    def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return the outer products, if there are such."""
-        found = self.operator(batch).rows
-        return found if isinstance(found, Rows) else None
+        return self.operator(batch).rows
 
     def value(self, batch: Batch, /) -> Tensor | None:
         """Return nothing: the loss is not known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from threading import RLock
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from secorder_func import running, tree
 from secorder_func.digest import digest
-from secorder_func.errors import ArgumentError, message
+from secorder_func.errors import ArgumentError, CheckpointError, message
 from secorder_func.operators.ranks import Ranks
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
@@ -70,6 +71,15 @@ class BatchSums:
         Whether a batch counts by its weight. Else the sum of what batches contribute is divided by all weights.
     ranks
         The processes that have a share of the data each, if they are shared.
+    check
+        Is given some batches of the first pass, and refuses weights that their losses contradict.
+    where
+        The public function, for messages.
+
+    Attributes
+    ----------
+    known
+        What a chunk of vectors takes, in bytes, by the shapes of a batch and the kind of work.
     """
 
     source: Source
@@ -77,23 +87,29 @@ class BatchSums:
     weight_of: Callable[[Args], float] | None
     multiplies: bool = True
     ranks: Ranks | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
-    """What a pass learns that the next may use, kept with it when it is interrupted: numbers and strings."""
+    check: Callable[[Batch], None] | None = None
+    where: str = "Batches"
+    known: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         devices = {leaf.device for leaf in self.leaves}
         self.device = devices.pop() if len(devices) == 1 else None
-        with RandomState.now(self.leaves).replayed():
-            self._seed = int(torch.randint(2**62, ()))
+        # From the state of the global generator, without drawing, which vmap does not allow.
+        self._seed = int(digest(bytes(RandomState.now(()).cpu.tolist())), 16) % 2**62
         if self.ranks is not None:
             self._seed = int(self.ranks.agree(self._seed))
             self.ranks.require_same(digest(list(self.leaves)), "the parameters")
-        self._weights: list[float] = []
         self._whole: tuple[int, float] | None = None
 
     def first(self) -> Batch | None:
         """Return a batch that counts, read anew; None if there is none."""
-        return next((batch for batch in self._read() if self._weight(batch)), None)
+        with _ALONE:
+            return next((batch for batch in self._read() if self._weight(batch)), None)
+
+    def sizes(self, batch: Batch) -> dict[str, int]:
+        """Return what is known of batches of these shapes; to be added to."""
+        shapes = str([tuple(t.shape) for t in tree.tensors_in(batch.args)])
+        return self.known.setdefault(shapes, {})
 
     def randomness(self, batch: Batch) -> RandomState:
         """Return the random state of a batch."""
@@ -133,9 +149,9 @@ class BatchSums:
             *totals, number = self.ranks.sum([*totals, number], failure, mark=mark)
             divisor = float(number)
         if not divisor:
-            problem = "there is nothing to sum: no batch with samples and a weight above zero"
-            mend = "A generator can be read once only: pass a list, a DataLoader, or what gives a new iterator"
-            raise ArgumentError(message("Batches", problem, mend))
+            problem = "there is nothing to sum: no batch has samples and a weight above zero"
+            mend = "Pass data with samples; they must be there whenever they are read"
+            raise ArgumentError(message(self.where, problem, mend))
         if self.weight_of is None:
             return totals
         return [total / divisor for total in totals]
@@ -150,40 +166,42 @@ class BatchSums:
 
         def state() -> dict[str, Any]:
             return {
-                "what": what,
                 "done": done,
                 "divisor": divisor,
                 "totals": totals,
                 "digests": digests,
-                "memory": self.memory,
             }
 
-        with running.task("pass over the data", self.source.length, "batches", state) as task:
+        length = self.source.length
+        with (
+            _ALONE,
+            running.task("pass over the data", length, "batches", state, detail=what) as task,
+        ):
             resumed = task.resumed
             skipped = 0
             if resumed is not None:
-                _require(resumed["what"] == what, f"it was in {resumed['what']}, not in {what}")
                 totals = [old.to(new) for old, new in zip(resumed["totals"], totals, strict=True)]
                 divisor, skipped = resumed["divisor"], resumed["done"]
-                self.memory.clear()
-                self.memory.update(resumed["memory"])
             read = 0
             for batch in self._read():
                 read += 1
                 if task.kept:
-                    digests.append(digest(tree.tensors_in(batch.args)))
+                    digests.append(digest(tree.flatten_fully(batch.args)[0]))
                 if resumed is not None and read <= skipped:
                     same = digests[-1] == resumed["digests"][batch.index]
-                    _require(same, f"batch {batch.index} is another one than before")
+                    self._require(same, f"batch {batch.index} is another one than before")
                     continue
                 weight = self._weight(batch)
                 if weight:
                     factor = weight if self.multiplies else 1.0
+                    if self._whole is None and self.check and _is_looked_at(batch.index):
+                        self.check(batch)
                     with self.randomness(batch).replayed():
                         of_batch(batch, _adding(totals, factor))
                 divisor += weight
                 done = read
                 running.advance(done)
+            self._require(read >= skipped, f"of {skipped} batches that were done there are {read}")
             self._require_whole(read, divisor)
         return totals, divisor
 
@@ -192,32 +210,43 @@ class BatchSums:
         return map(Batch, count(), self.source.read(self.device), count(rank, step))
 
     def _weight(self, batch: Batch) -> float:
-        """Return the weight of a batch, which is asked for once; zero for one without samples."""
-        index = batch.index
-        while index >= len(self._weights):
-            self._weights.append(-1.0)
-        if self._weights[index] < 0:
-            tensors = tree.tensors_in(batch.args)
-            if tensors and all(t.ndim and not t.shape[0] for t in tensors):
-                self._weights[index] = 0.0
-            elif self.weight_of is None:
-                self._weights[index] = 1.0
-            else:
-                with self.randomness(batch).replayed():
-                    self._weights[index] = self.weight_of(batch.args)
-        return self._weights[index]
+        """Return the weight of a batch; zero for one without samples."""
+        tensors = tree.tensors_in(batch.args)
+        if tensors and all(t.ndim and not t.shape[0] for t in tensors):
+            return 0.0
+        if self.weight_of is None:
+            return 1.0
+        with self.randomness(batch).replayed():
+            return self.weight_of(batch.args)
 
     def _require_whole(self, read: int, divisor: float) -> None:
         """Refuse a pass over more or less than the first."""
         if self._whole is None:
             self._whole = read, divisor
-        if self._whole != (read, divisor):
+        before, weight = self._whole
+        if read != before or abs(divisor - weight) > _CLOSE * weight:
             problem = (
-                f"this pass read {read} batches of weight {divisor:g}, the first one "
-                f"{self._whole[0]} of weight {self._whole[1]:g}"
+                f"this pass read {read} batches of weight {divisor:g}, the first one {before} of "
+                f"weight {weight:g}"
             )
             mend = "Pass data that are the same whenever they are read: a list, or a DataLoader"
-            raise RuntimeError(message("Batches", problem, mend))
+            raise RuntimeError(message(self.where, problem, mend))
+
+    def _require(self, same: bool, problem: str) -> None:
+        if not same:
+            mend = "Give it the same data in the same order, or remove the checkpoint to begin anew"
+            problem = f"the interrupted run cannot go on: {problem}"
+            raise CheckpointError(message(self.where, problem, mend))
+
+
+_ALONE = RLock()
+"""One thread at a time: the random state of the process is exchanged while data are read and losses computed."""
+_CLOSE = 1e-9
+
+
+def _is_looked_at(index: int) -> bool:
+    """Say whether a batch is among the few whose weights are checked: the first, and every power of two."""
+    return index & (index - 1) == 0
 
 
 def _adding(totals: list[Tensor], factor: float) -> Add:
@@ -233,11 +262,3 @@ def _adding(totals: list[Tensor], factor: float) -> Add:
                 (total if at is None else total[at]).add_(part, alpha=factor)
 
     return add
-
-
-def _require(same: bool, problem: str) -> None:
-    if not same:
-        mend = "Give it the same data in the same order, or remove the checkpoint to begin anew"
-        raise ArgumentError(
-            message("Batches", f"the interrupted run cannot go on: {problem}", mend)
-        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from secorder_func import tree
 from secorder_func.checks import check_callable, check_params
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
-from secorder_func.operators.batch_forms import BatchForms, BatchRows
-from secorder_func.operators.batch_kinds import GaussNewton, Hessian, Kind, Other, pair
+from secorder_func.operators.batch_kinds import GaussNewton, Hessian, Other, pair
+from secorder_func.operators.batch_operator import operator_over, wide_zeros
 from secorder_func.operators.batch_sums import Add, Args, Batch, BatchSums
 from secorder_func.operators.fisher import (
     empirical_fisher_model,
@@ -25,8 +27,8 @@ from secorder_func.operators.fisher import (
     number_of_losses,
 )
 from secorder_func.operators.linear_operator import LinearOperator
-from secorder_func.operators.ranks import Ranks, mark_of
-from secorder_func.operators.versions import Versions
+from secorder_func.operators.outside import refuse_gradients
+from secorder_func.operators.ranks import Ranks
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import vjp_aux
@@ -34,13 +36,12 @@ from secorder_func.seeds import draw_seed
 from secorder_func.transforms.fisher import Reduction, check_likelihood, check_reduction
 from secorder_func.transforms.likelihoods import Likelihood
 from secorder_func.transforms.loss import checked_scalar, flat_loss
-from secorder_func.transforms.policy import check_mode, differentiated_outside, in_transform
+from secorder_func.transforms.policy import check_mode
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = ["Batches"]
 
 Weight: TypeAlias = "Callable[..., float | Tensor]"
-T = TypeVar("T")
 _END = object()
 
 
@@ -61,8 +62,8 @@ class Batches:
         `prepare(batch) -> tuple` of what a loss takes after the parameters. Without it, a list or tuple is spread, and
         anything else is the only argument.
     check_weights
-        Whether to split the first batch in two and refuse weights and a reduction that contradict the three losses; see
-        Notes.
+        Whether to split a few batches of the first pass in two, the first, and of every power of two, and to refuse
+        weights and a reduction that the three losses contradict; see Notes.
     group
         A `torch.distributed` process group, or True for that of all processes: each process has a share of the data,
         of any size, and all make the same calls and get the same results. See the page on several processes.
@@ -79,8 +80,12 @@ class Batches:
     must be seeded for every pass; `check` finds out.
 
     A loss in which samples of a batch influence each other (batch normalisation in training mode, contrastive losses)
-    is not the sum or mean of its samples. Then the split of the first batch shows that, and what is computed depends on
-    the batches; pass `check_weights=False` if that is meant.
+    is not the sum or mean of its samples. Then the split of a batch shows that, and what is computed depends on the
+    batches; pass `check_weights=False` if that is meant. Losses that draw random numbers, and batches of one sample,
+    cannot be checked so.
+
+    Parameters that require gradients make every batch's graph part of the result: detach them, as `functional_loss`
+    does, unless that is wanted. One thread at a time passes over data.
 
     Examples
     --------
@@ -123,6 +128,10 @@ class Batches:
             raise ArgumentTypeError(
                 message(where, problem, "Pass a list, or the DataLoader itself")
             )
+        if getattr(data, "persistent_workers", False):
+            problem = "persistent workers go on with other random numbers at every pass"
+            mend = "Make the DataLoader with persistent_workers=False"
+            raise ArgumentError(message(where, problem, mend))
         check_reduction(reduction, where)
         for name, function in (("weight", weight), ("prepare", prepare)):
             if function is not None:
@@ -140,6 +149,11 @@ class Batches:
         self._states = [generator.get_state() for generator in self._generators]
         self._random = RandomState.now([])
         self._shapes: Any = None
+        self._checked: WeakSet[Any] = WeakSet()
+
+    def __repr__(self) -> str:
+        count = "unknown number of" if self.length is None else self.length
+        return f"Batches({count} batches, reduction={self._reduction!r})"
 
     # ------------------------------------------------------------------------------ reading
 
@@ -153,14 +167,16 @@ class Batches:
 
     def read(self, device: torch.device | None = None, /) -> Iterator[Args]:
         """Yield the batches, in the same order with the same random numbers whenever they are read."""
-        with self._rewound():
-            stream = [self._random]
-            iterator = _drawing(stream, lambda: iter(self._data))
-            while True:
-                batch = _drawing(stream, lambda: next(iterator, _END))
+        stream = _Stream(self._random, self._generators, self._states)
+        with stream.drawn():
+            iterator = iter(self._data)
+        while True:
+            with stream.drawn():
+                batch = next(iterator, _END)
                 if batch is _END:
                     return
-                yield self._prepared(batch, device)
+                prepared = self._prepared(batch, device)
+            yield prepared
 
     def _prepared(self, batch: Any, device: torch.device | None) -> Args:
         if self._prepare is not None:
@@ -178,18 +194,6 @@ class Batches:
         moved: Args = restore([tensor.to(device, non_blocking=True) for tensor in tensors])
         return moved
 
-    @contextmanager
-    def _rewound(self) -> Iterator[None]:
-        """Put the generators of the loader back to where they were, and leave them as they are now."""
-        present = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            for generator, state in zip(self._generators, present, strict=True):
-                generator.set_state(state)
-
     def check(self, f: Callable[..., Any] | None = None, params: Tree = None) -> None:
         """Read the data twice; refuse data that differ, and a loss that does.
 
@@ -204,30 +208,36 @@ class Batches:
             With the number of the first batch that differs.
         """
         where = "Batches.check"
-        sums = self._sums(params, self._weight) if f is not None else None
-        device = None if sums is None else sums.device
-        seen: list[str] = []
-        for index, batch in enumerate(self.read(device)):
-            seen.append(digest(tree.tensors_in(batch)))
-            if f is not None and sums is not None:
-                values = []
-                for _ in range(2):
-                    with sums.randomness(Batch(index, batch, index)).replayed(), torch.no_grad():
-                        values.append(f(params, *batch))
-                first, second = (float(value) for value in values)
+        if f is not None:
+            check_callable(f, where)
+            check_params(params, where)
+        sums = self._sums(params, self._weight, where)
+        seen = []
+        for index, args in enumerate(self.read(sums.device)):
+            seen.append(digest(tree.flatten_fully(args)[0]))
+            if f is not None:
+                first, second = (self._value(f, params, args, sums, index, where) for _ in range(2))
                 if first != second and not (math.isnan(first) and math.isnan(second)):
                     problem = f"the loss of batch {index} is {first!r} and then {second!r}"
                     mend = "Seed what it draws, other than by torch, from its arguments"
                     raise RuntimeError(message(where, problem, mend))
-        index = -1
-        for index, batch in enumerate(self.read(device)):
-            if index >= len(seen) or digest(tree.tensors_in(batch)) != seen[index]:
+        count = 0
+        for index, args in enumerate(self.read(sums.device)):
+            count += 1
+            if count > len(seen) or digest(tree.flatten_fully(args)[0]) != seen[index]:
                 problem = f"batch {index} is another one when the data are read again"
                 mend = "Seed what shuffles or augments the data other than by torch, or store them"
                 raise RuntimeError(message(where, problem, mend))
-        if index + 1 < len(seen):
-            problem = f"there are {len(seen)} batches, and {index + 1} when the data are read again"
+        if count < len(seen):
+            problem = f"there are {len(seen)} batches, and {count} when the data are read again"
             raise RuntimeError(message(where, problem))
+
+    def _value(
+        self, f: LossFn, params: Tree, args: Args, sums: BatchSums, index: int, where: str
+    ) -> float:
+        loss = flat_loss(f, params, args, {}, has_aux=False, where=where)
+        with sums.randomness(Batch(index, args, index)).replayed(), torch.no_grad():
+            return float(checked_scalar(loss.eager(), where))
 
     # ---------------------------------------------------------------------------- weighting
 
@@ -237,12 +247,18 @@ class Batches:
             return self._number_of_samples(args)
         return self._users(args)
 
+    def _instead_of(self, counted: Callable[[Args], float]) -> Callable[[Args], float]:
+        """Return the user's weight, or what is counted if there is none."""
+        return counted if self._user_weight is None else self._users
+
     def _users(self, args: Args) -> float:
         assert self._user_weight is not None
         weight: Any = self._user_weight(*args)
-        if isinstance(weight, Tensor) and weight.numel() != 1:
-            problem = f"weight must return a number, got shape {tuple(weight.shape)}"
-            raise ArgumentError(message("Batches", problem, "Sum it"))
+        one = isinstance(weight, Tensor) and weight.numel() == 1
+        if not one and not isinstance(weight, (int, float)):
+            given = tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)
+            problem = f"weight(*batch) must return a number, got {given}"
+            raise ArgumentTypeError(message("Batches", problem, "Sum what counts in a batch"))
         number = float(weight)
         if not 0 <= number < math.inf:
             problem = f"weight must return a number from 0 on, got {number}"
@@ -252,7 +268,13 @@ class Batches:
     def _number_of_samples(self, args: Args) -> float:
         tensors = tree.tensors_in(args)
         mend = "Pass weight=, what the loss of a batch is averaged over"
-        if not tensors or not tensors[0].ndim:
+        if not tensors:
+            kinds = ", ".join(type(arg).__name__ for arg in args) or "nothing"
+            problem = f"a batch has no tensor, but {kinds}"
+            raise ArgumentTypeError(
+                message("Batches", problem, "Pass prepare=, which makes tensors of a batch")
+            )
+        if not tensors[0].ndim:
             problem = "the first tensor of a batch has no leading axis of samples"
             raise ArgumentError(message("Batches", problem, mend))
         shapes = [tuple(t.shape[1:]) for t in tensors]
@@ -267,40 +289,55 @@ class Batches:
         return float(tensors[0].shape[0])
 
     def _sums(
-        self, params: Tree, weight: Callable[[Args], float], *, multiplies: bool = True
+        self,
+        params: Tree,
+        weight: Callable[[Args], float],
+        where: str,
+        *,
+        value: Callable[[Batch], Tensor | None] | None = None,
+        of: Any = None,
+        multiplies: bool = True,
     ) -> BatchSums:
+        """Return the sums over the batches; weights are checked against the values of the loss `of` once."""
         leaves = tuple(tree.flatten(params)[0])
         weight_of = weight if self._reduction == "mean" else None
-        return BatchSums(self, leaves, weight_of, multiplies, self._ranks)
+        sums = BatchSums(self, leaves, weight_of, multiplies, self._ranks, where=where)
+        if self._check_weights and value is not None and not self._was_checked(of):
+            sums.check = partial(self._require_right_weights, value, sums)
+        return sums
+
+    def _was_checked(self, of: Any) -> bool:
+        """Say whether the weights of this loss were checked before; now they are."""
+        try:
+            known = of in self._checked
+            self._checked.add(of)
+        except TypeError:  # it has no weak reference
+            return False
+        return known
 
     def _agreed(self, seed: int) -> int:
         return seed if self._ranks is None else int(self._ranks.agree(seed))
 
     def _require_right_weights(
-        self, value: Callable[[Batch], Tensor | None], sums: BatchSums
+        self, value: Callable[[Batch], Tensor | None], sums: BatchSums, batch: Batch
     ) -> None:
         """Refuse weights and a reduction that the losses of the parts of a batch contradict."""
-        if not self._check_weights:
-            return
-        first = sums.first()
-        if first is None:
-            return
-        tensors, restore = tree.tensors_and_rest(first.args)
+        tensors, restore = tree.tensors_and_rest(batch.args)
         counts = {t.shape[0] if t.ndim else 0 for t in tensors}
         count = counts.pop() if len(counts) == 1 else 0
         if count < 2:
             return  # it cannot be split
         cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
         halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]
-        state = sums.randomness(first)
+        state = sums.randomness(batch)
         terms = []
-        for args in (first.args, *halves):
+        for args in (batch.args, *halves):
             weight = self._weight(args) if self._reduction == "mean" else 1.0
             with state.replayed(), torch.no_grad():
                 try:
-                    found = value(replace(first, args=args)) if weight else torch.zeros(())
+                    found = value(replace(batch, args=args)) if weight else torch.zeros(())
                 except Exception:
-                    if args is first.args:
+                    if args is batch.args:
                         raise
                     return  # of so few samples there is no loss
                 if found is None or state.has_changed():
@@ -311,17 +348,23 @@ class Batches:
         if not all(map(math.isfinite, terms)):
             return
         if abs(whole - sum(both)) > math.sqrt(eps) * max(map(abs, terms)):
-            what = "weights times losses" if self._reduction == "mean" else "losses"
+            mean = self._reduction == "mean"
+            what = "weights times losses" if mean else "losses"
             problem = (
-                f"the loss of the first batch is not the {self._reduction} of the losses of its first {cut} and last "
-                f"{count - cut} samples: {what} are {whole:.6g} of all and {both[0]:.6g} + {both[1]:.6g} of the parts"
+                f"the loss of batch {batch.index} is not the {self._reduction} of the losses of its first {cut} and "
+                f"last {count - cut} samples: {what} are {whole:.6g} of all and {both[0]:.6g} + {both[1]:.6g} of the "
+                "parts"
             )
             mend = (
-                "Pass weight=, what the loss of a batch is averaged over, or the other reduction=. If samples of a "
-                "batch influence each other (batch normalisation in training mode), or the loss has a term of the "
-                "parameters alone, and that is meant, pass check_weights=False"
+                "Pass weight=, what the loss of a batch is averaged over, or reduction='sum'"
+                if mean
+                else "Pass reduction='mean'"
             )
-            raise ArgumentError(message("Batches", problem, mend))
+            mend += (
+                ". If samples of a batch influence each other (batch normalisation in training mode), or the loss "
+                "has a term of the parameters alone, and that is meant, pass check_weights=False"
+            )
+            raise ArgumentError(message(sums.where, problem, mend))
 
     # ---------------------------------------------------------------------------- operators
 
@@ -334,9 +377,8 @@ class Batches:
         check_params(params, where)
         check_mode(mode, where)
         kind = Hessian(f, params, mode, check_finite)
-        sums = self._sums(params, self._weight)
-        self._require_right_weights(kind.value, sums)
-        return _operator(kind, sums, params)
+        sums = self._sums(params, self._weight, where, value=kind.value, of=f)
+        return operator_over(kind, sums, params)
 
     def ggn_operator(
         self,
@@ -361,9 +403,8 @@ class Batches:
             return model_fn, loss_fn, *pair(batch, where)
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=True)
-        sums = self._sums(params, self._weight)
-        self._require_right_weights(kind.value, sums)
-        return _operator(kind, sums, params)
+        sums = self._sums(params, self._weight, where, value=kind.value, of=loss_fn)
+        return operator_over(kind, sums, params)
 
     def fisher_operator(
         self,
@@ -400,12 +441,11 @@ class Batches:
             )
 
         def entries(args: Args) -> float:
-            if self._user_weight is not None:
-                return self._users(args)
             return float(number_of_entries(model_fn, likelihood, params, args[0], where))
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=False)
-        return _operator(kind, self._sums(params, entries, multiplies=False), params)
+        sums = self._sums(params, self._instead_of(entries), where, multiplies=False)
+        return operator_over(kind, sums, params)
 
     def empirical_fisher_operator(
         self,
@@ -435,12 +475,11 @@ class Batches:
             )
 
         def losses(args: Args) -> float:
-            if self._user_weight is not None:
-                return self._users(args)
             return float(number_of_losses(model_of(Batch(0, args, 0)), params))
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=False)
-        return _operator(kind, self._sums(params, losses, multiplies=False), params)
+        sums = self._sums(params, self._instead_of(losses), where, multiplies=False)
+        return operator_over(kind, sums, params)
 
     def operator(self, make: Callable[..., LinearOperator], like: Tree) -> LinearOperator:
         """Return the sum, or weighted mean, of the operators `make(*batch)`, on trees like `like`.
@@ -457,7 +496,7 @@ class Batches:
         where = "Batches.operator"
         check_callable(make, where, name="make")
         check_params(like, where, name="like")
-        return _operator(Other(make), self._sums(like, self._weight), like)
+        return operator_over(Other(make, like), self._sums(like, self._weight, where), like)
 
     # -------------------------------------------------------------------- losses and gradients
 
@@ -484,8 +523,8 @@ class Batches:
     ) -> tuple[Tensor, list[Tensor]]:
         check_callable(f, where)
         check_params(params, where)
+        refuse_gradients(where)
         params = tree.map(Tensor.detach, params)
-        sums = self._sums(params, self._weight)
         dtypes = []
 
         def value_of(batch: Batch) -> Tensor:
@@ -505,144 +544,55 @@ class Batches:
             dtypes.append(value.dtype)
             add([value.detach().double(), *found])
 
-        self._require_right_weights(value_of, sums)
+        sums = self._sums(params, self._weight, where, value=value_of, of=f)
         leaves, _ = tree.flatten(params)
         number = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
-        zeros = [_wide_zeros(leaf) for leaf in leaves] if gradient else []
+        zeros = [wide_zeros(leaf) for leaf in leaves] if gradient else []
         value, *rest = sums.over(where, [number, *zeros], add_loss)
         return value.to(dtypes[0] if dtypes else leaves[0].dtype), rest
 
 
-def _operator(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
-    """Return the operator whose every product is a pass."""
-    leaves, unflatten = tree.flatten(params)
-    versions = Versions(leaves)
+class _Stream:
+    """Random numbers that are drawn while data are read: the same whenever they are, and nobody else's."""
 
-    def mark(vectors: Tree) -> float:
-        return 0.0 if sums.ranks is None else mark_of(tree.flatten(vectors)[0])
+    def __init__(
+        self, state: RandomState, generators: Sequence[torch.Generator], states: Sequence[Tensor]
+    ) -> None:
+        self._state, self._generators, self._states = state, generators, list(states)
 
-    def several(batch: Batch) -> LinearOperator:
-        op = kind.operator(batch)
-        known = sums.memory.setdefault("bytes", {})
-        shapes = str([tuple(t.shape) for t in tree.tensors_in(batch.args)])
-        op._bytes.update(known.setdefault(shapes, {}))
-        known[shapes] = op._bytes
-        return op
-
-    def matvec(v: Tree) -> Tree:
-        versions.require_unchanged()
-
-        def add_product(batch: Batch, add: Add) -> None:
-            add(tree.flatten(kind.product(batch, v))[0])
-
-        zeros = [_wide_zeros(leaf) for leaf in leaves]
-        totals = sums.over("a product", zeros, add_product, mark=mark(v))
-        return unflatten([t.to(leaf.dtype) for t, leaf in zip(totals, leaves, strict=True)])
-
-    def matmat(vectors: Tree) -> Tree:
-        versions.require_unchanged()
-        stacks = tree.flatten(vectors)[0]
-        count = stacks[0].shape[0]
-        whole = differentiated_outside(vectors, params) or in_transform()
-
-        def add_products(batch: Batch, add: Add) -> None:
-            if count == 1:
-                product = kind.product(batch, tree.map(lambda leaf: leaf[0], vectors))
-                add([leaf.unsqueeze(0) for leaf in tree.flatten(product)[0]])
-                return
-            op = several(batch)
-            if whole:
-                add(tree.flatten(op.mm(vectors))[0])
-                return
-            chunks = op.chunks("auto", None, "LinearOperator.mm")
-            take = _taking(vectors)
-            for rows, product in chunks.map(take, lambda some, rows: (rows, op._mm(some)), count):
-                add(tree.flatten(product)[0], rows)
-
-        zeros = [_wide_zeros(leaf, count) for leaf in leaves]
-        totals = sums.over(f"{count} products", zeros, add_products, mark=mark(vectors))
-        return unflatten([t.to(leaf.dtype) for t, leaf in zip(totals, leaves, strict=True)])
-
-    def quadratic(vectors: Tree) -> Tensor:
-        versions.require_unchanged()
-        found = None if forms is None else forms.of(vectors)
-        if found is not None:
-            return found.to(number)
-        count = tree.flatten(vectors)[0][0].shape[0]
-        if differentiated_outside(vectors, params) or in_transform():
-            return tree.batched_dot(vectors, matmat(vectors))
-
-        def add_forms(batch: Batch, add: Add) -> None:
-            if count == 1:
-                v = tree.map(lambda leaf: leaf[0], vectors)
-                add([tree.dot(v, kind.product(batch, v)).detach().reshape(1)])
-                return
-            op = several(batch)
-            chunks = op.chunks("auto", None, "LinearOperator.quadratic_forms")
-            work = chunks.map(
-                _taking(vectors), lambda some, rows: (rows, op.quadratic_forms(some)), count
-            )
-            for rows, part in work:
-                add([part.detach()], rows)
-
-        zeros = torch.zeros(count, dtype=torch.float64, device=leaves[0].device)
-        return sums.over(f"{count} forms", [zeros], add_forms, mark=mark(vectors))[0].to(number)
-
-    def on_first(v: Tree) -> Tree:
-        batch = sums.first()
-        if batch is None:
-            return tree.zeros_like(like)
-        with sums.randomness(batch).replayed():
-            return kind.product(batch, v)
-
-    like = tree.map(Tensor.detach, params)
-    number = torch.promote_types(tree.common_dtype(like), torch.float32)
-    outside = differentiated_outside(params)
-    forms = None
-    rows = None
-    if not (outside or in_transform()):
-        forms = BatchForms(sums, kind.forms, tuple(tree.flatten(like)[0]))
-        rows = None if isinstance(kind, Hessian) else BatchRows(sums, kind, like)
-    return LinearOperator(
-        matvec=matvec,
-        like=like,
-        matmat=matmat,
-        quadratic=quadratic,
-        forms=forms,
-        rows=rows,
-        passes=True,
-        witness=LinearOperator(on_first, like),
-        ranks=sums.ranks,
-    )
-
-
-def _wide_zeros(leaf: Tensor, *axes: int) -> Tensor:
-    """Return where to sum up what is like a leaf, in single precision at least."""
-    dtype = torch.promote_types(leaf.dtype, torch.float32)
-    return torch.zeros((*axes, *leaf.shape), dtype=dtype, device=leaf.device)
-
-
-def _taking(vectors: Tree) -> Callable[[slice], Tree]:
-    return lambda rows: tree.map(lambda leaf: leaf[rows], vectors)
-
-
-def _drawing(stream: list[RandomState], read: Callable[[], T]) -> T:
-    """Read with the random numbers of a stream of its own, which goes on."""
-    present = RandomState.now([])
-    stream[0].restore()
-    try:
-        return read()
-    finally:
-        stream[0] = RandomState.now([])
-        present.restore()
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw inside from where this stream is; leave all generators as they are outside."""
+        present = RandomState.now([])
+        others = [generator.get_state() for generator in self._generators]
+        self._state.restore()
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._state = RandomState.now([])
+            self._states = [generator.get_state() for generator in self._generators]
+            present.restore()
+            for generator, state in zip(self._generators, others, strict=True):
+                generator.set_state(state)
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators that a loader and its samplers draw from."""
-    samplers = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    """Return the generators that a loader, its samplers and its data sets hold."""
     found: list[torch.Generator] = []
-    for owner in (*samplers, getattr(samplers[2], "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
-            found.append(generator)
+    pending, seen = [data], set()
+    while pending:
+        owner = pending.pop()
+        if owner is None or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, torch.Generator) and all(value is not g for g in found):
+                found.append(value)
+            elif name in _HOLDERS:
+                pending.extend(value if isinstance(value, (list, tuple)) else [value])
     return found
+
+
+_HOLDERS = {"dataset", "datasets", "sampler", "batch_sampler", "data_source"}

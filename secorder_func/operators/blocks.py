@@ -141,6 +141,7 @@ def block_of(op: LinearOperator, selection: Selection, where: str) -> dict[str, 
         "rows": None if op.rows is None else op.rows.restricted(part.indices),
         "symmetric": op.symmetric,
         "mode": op.mode,
+        "witness": None if op.witness is None else op.witness.block(selection),
         "passes": op.passes,
         "ranks": op.ranks,
     }
@@ -180,6 +181,7 @@ def block_diagonal_of(
         "like": op.like,
         "matmat": matmat,
         "symmetric": op.symmetric,
+        "witness": None if op.witness is None else op.witness.block_diagonal(groups),
         "passes": op.passes,
         "ranks": op.ranks,
     }

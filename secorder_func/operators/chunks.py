@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.checks import check_count
 from secorder_func.errors import ArgumentTypeError, message
 from secorder_func.operators.memory import is_out_of_memory, with_peak_bytes
@@ -82,6 +82,7 @@ class Chunks:
         """Yield `work(take(chunk), chunk)` for the slices that cut `count` stacked vectors."""
         start = 0
         while start < count:
+            running.look()
             stop = min(start + self._next(count), count)
             chunk = slice(start, stop)
             try:
@@ -93,16 +94,6 @@ class Chunks:
             self.largest = max(self.largest, stop - start)
             start = stop
             yield result
-
-    @property
-    def taken(self) -> int | None:
-        """The bytes of one vector, once they are counted."""
-        return self._known.get(self._where)
-
-    def settle(self, taken: int | None) -> None:
-        """Go by bytes of one vector that were counted before."""
-        if taken is not None:
-            self._known[self._where] = taken
 
     def _next(self, count: int) -> int:
         if self._size is None:

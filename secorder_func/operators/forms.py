@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,18 @@ from secorder_func.transforms.plan import Plan, group_size
 from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.typing import ChunkSize, Tree
 
-__all__ = ["Draw", "Draws", "Forms", "FormsLike", "Part", "Plan", "group_size", "plan_of"]
+__all__ = [
+    "Draw",
+    "Draws",
+    "Forms",
+    "FormsLike",
+    "Part",
+    "Plan",
+    "group_size",
+    "plan_of",
+    "rows_of",
+    "units",
+]
 
 Compute = Callable[[Sequence[Draw | None], int, int], tuple[Tensor, int]]
 """(what draws each leaf, vectors, groups) -> (sums over the groups, bytes of the largest term of one vector)."""
@@ -41,8 +53,11 @@ class Part(NamedTuple):
 class FormsLike(Protocol):
     """What algorithms ask for forms: those of one batch, or the sums over many."""
 
-    missing: str | None
     largest: int | None
+
+    @property
+    def missing(self) -> str | None:
+        """Why there are none; None as long as there are."""
 
     def in_groups(self, draws: Draws, span: range, plan: Plan, /) -> Iterator[Part]:
         """Yield the sums of the vectors of a span, in order; end early where there are none."""
@@ -63,6 +78,17 @@ def plan_of(
     leaves, _ = tree.flatten(like)
     largest = max((leaf.numel() * leaf.element_size() for leaf in leaves), default=0)
     return Plan(size, budget, device, largest, group=group)
+
+
+def rows_of(stack: Tensor, rows: range) -> Tensor:
+    """Return some of several stacked vectors, which need not be drawn."""
+    return stack[rows.start : rows.stop]
+
+
+def units(leaf: Tensor, index: int, count: int, entries: range) -> list[Draw | None]:
+    """Return what draws unit vectors of the leaf of an index of so many; the others have no terms."""
+    draw = partial(tree.basis, leaf, entries.start, entries.stop)
+    return [draw if place == index else None for place in range(count)]
 
 
 @dataclass

@@ -71,6 +71,8 @@ class LinearOperator:
         An operator that is cheaper, and another one where this is another one, by which a checkpoint knows it again.
     ranks
         The processes that make the product together, if they are several.
+    learned
+        What chunks of vectors took, in bytes, by kind of work; filled in by use.
 
     Examples
     --------
@@ -96,7 +98,7 @@ class LinearOperator:
     passes: bool = False
     witness: LinearOperator | None = None
     ranks: Ranks | None = None
-    _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    learned: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_callable(self.matvec, "LinearOperator", name="matvec")
@@ -183,7 +185,7 @@ class LinearOperator:
 
     def chunks(self, chunk_size: ChunkSize, memory_budget: int | None, where: str) -> Chunks:
         """Return the chunks in which an algorithm works on vectors of this space; arguments as for `mm`."""
-        known = self._bytes
+        known = self.learned
         if (
             self.passes
         ):  # nothing is to be counted: of a vector and its product, two each may be there
@@ -231,6 +233,7 @@ class LinearOperator:
         both = None
         if self.matmat is not None and other.matmat is not None:
             both = _sum_of(self.matmat, other.matmat)
+        any_witness = self.witness is not None or other.witness is not None
         return LinearOperator(
             matvec=_sum_of(self.matvec, other.matvec),
             like=self.like,
@@ -238,6 +241,7 @@ class LinearOperator:
             symmetric=self.symmetric and other.symmetric,
             mode=self.mode if self.mode == other.mode else None,
             passes=self.passes or other.passes,
+            witness=(self.witness or self) + (other.witness or other) if any_witness else None,
             ranks=self.ranks or other.ranks,
         )
 
@@ -254,7 +258,7 @@ class LinearOperator:
             quadratic=lambda vectors: self.quadratic_forms(vectors) * factor,
             forms=None,
             rows=None,
-            witness=None,
+            witness=None if self.witness is None else self.witness * factor,
         )
 
     __rmul__ = __mul__
@@ -283,7 +287,7 @@ class LinearOperator:
             quadratic=quadratic,
             forms=None,
             rows=None,
-            witness=None,
+            witness=None if self.witness is None else self.witness.damped(damping),
         )
 
     # -------------------------------------------------------------------------- representations
@@ -305,6 +309,7 @@ class LinearOperator:
             symmetric=self.symmetric,
             mode=self.mode,
             passes=self.passes,
+            witness=None if self.witness is None else self.witness.flat(),
             ranks=self.ranks,
         )
 

@@ -13,6 +13,7 @@ from secorder_func.transforms.policy import differentiated_outside
 __all__ = [
     "differentiated_outside",
     "refuse_forward_mode",
+    "refuse_gradients",
     "refuse_transforms",
     "refuse_vmap_and_jvp",
 ]
@@ -26,6 +27,14 @@ def refuse_transforms(where: str) -> None:
     if mapping() or differentiating_levels():
         problem = "it works on numbers, and cannot be mapped or differentiated by torch.func"
         mend = "Call it outside. A simple eigenvalue has the gradient of v . A v with its eigenvector v held fixed"
+        raise NoExactRouteError(message(where, problem, mend))
+
+
+def refuse_gradients(where: str) -> None:
+    """Refuse to be differentiated by torch.func: nothing is recorded."""
+    if differentiating_levels():
+        problem = "it does not record derivatives, which would be zeros"
+        mend = "Take its gradient from Batches.loss_and_gradient, and curvature from an operator"
         raise NoExactRouteError(message(where, problem, mend))
 
 

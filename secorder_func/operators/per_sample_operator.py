@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class PerSampleOperator:
         The matrices as sums of few outer products, where they are that.
     mode
         How products are differentiated, as it was asked for.
+    learned
+        What chunks of vectors took, in bytes, by kind of work; filled in by use.
 
     Examples
     --------
@@ -64,7 +67,7 @@ class PerSampleOperator:
     forms: Forms | None = None
     rows: Rows | None = None
     mode: str | None = None
-    _bytes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    learned: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,7 +177,7 @@ class PerSampleOperator:
             where,
             device=self.device,
             entries=self.shape[0] * self.num_samples,
-            known=self._bytes,
+            known=self.learned,
         )
 
     def draw_seed(self, generator: torch.Generator | None) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_like
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.forms import Draw, Draws, FormsLike, Part, Plan
@@ -60,8 +59,9 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
     >>> torch.distributed.destroy_process_group()
     """
     where = "share_vectors"
-    if not isinstance(op, LinearOperator):
-        problem = f"op must be a LinearOperator, got {type(op).__name__}"
+    given: Any = op
+    if not isinstance(given, LinearOperator):
+        problem = f"op must be a LinearOperator, got {type(given).__name__}"
         raise ArgumentTypeError(message(where, problem))
     if in_transform():
         raise ArgumentError(message(where, "it cannot be called inside of a transform"))
@@ -90,15 +90,19 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
         found, failure = _tried(products, zeros, len(rows) > 0)
         return unflatten(ranks.sum(found, failure, mark=mark_of(stacks)))
 
+    shared = None if op.forms is None else _SharedForms(op.forms, ranks, op.device)
+
     def quadratic(vectors: Tree) -> Tensor:
-        check_like(vectors, op.like, where, name="vectors", batched=True)
+        forms = None if shared is None else shared.of(vectors)
+        if forms is not None:
+            return forms.to(torch.promote_types(op.dtype, torch.float32))
         stacks = tree.flatten(vectors)[0]
         count = stacks[0].shape[0]
         rows = _share(range(count), ranks)
         number = torch.promote_types(op.dtype, torch.float32)
         zeros = torch.zeros(count, dtype=number, device=op.device)
 
-        def forms() -> list[Tensor]:
+        def own_forms() -> list[Tensor]:
             some = tree.map(lambda leaf: leaf[rows.start : rows.stop], vectors)
             found = torch.zeros_like(zeros)
             chunks = op.chunks("auto", None, "LinearOperator.quadratic_forms")
@@ -110,15 +114,15 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
             found[rows.start : rows.stop] = torch.cat([part.detach() for part in parts]).to(found)
             return [found]
 
-        found, failure = _tried(forms, [zeros], len(rows) > 0)
+        found, failure = _tried(own_forms, [zeros], len(rows) > 0)
         return ranks.sum(found, failure, mark=mark_of(stacks))[0]
 
     return replace(
         op,
         matvec=matvec,
         matmat=matmat,
-        quadratic=None if op.forms is not None and op.quadratic is None else quadratic,
-        forms=None if op.forms is None else _SharedForms(op.forms, ranks, op.device),
+        quadratic=quadratic,
+        forms=shared,
         passes=True,
         witness=None,
         ranks=ranks,
@@ -183,7 +187,7 @@ class _SharedForms:
     def of(self, vectors: Tree, /) -> Tensor | None:
         """Return the form of each of several stacked vectors, None where there are none."""
         stacks = tree.flatten(vectors)[0]
-        if not stacks[0].shape[0]:
+        if self.missing is not None or not stacks[0].shape[0]:
             return None
         rows = _share(range(stacks[0].shape[0]), self.ranks)
         zeros = torch.zeros(stacks[0].shape[0], dtype=torch.float64, device=self.device)

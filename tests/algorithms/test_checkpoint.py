@@ -28,11 +28,12 @@ from secorder_func import (
     interruptible,
     minres,
     per_sample_hessian_operator,
+    running,
     spectral_density,
     tree,
     xtrace,
 )
-from secorder_func.errors import ConvergenceWarning
+from secorder_func.errors import CheckpointWarning, ConvergenceWarning, NoExactRouteError
 from tests.algorithms import interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -115,14 +116,18 @@ def loss(p: Tensor, x: Tensor) -> Tensor:
     return ((x @ p).tanh() ** 2).mean() + (x @ p).exp().mean()
 
 
-def operator(data: Any) -> LinearOperator:
+def operator(data: Any, dtype: torch.dtype = torch.float64, **options: Any) -> LinearOperator:
+    if dtype != torch.float64:
+        data.batches = [batch.to(dtype) for batch in data.batches]
     return Batches(data, check_weights=False).hessian_operator(
-        loss, torch.linspace(-1, 1, 5).double()
+        loss, torch.linspace(-1, 1, 5).to(dtype), **options
     )
 
 
 COMPUTATIONS: dict[str, Callable[..., Any]] = {
     "trace": lambda op, **o: hutchinson_trace(op, 40, **o),
+    "trace of a sum": lambda op, **o: hutchinson_trace(op + 2.0 * op.damped(0.1), 8, **o),
+    "trace to a tolerance": lambda op, **o: hutchinson_trace(op, rtol=0.3, max_matvecs=40, **o),
     "diagonal": lambda op, **o: hutchinson_diagonal(op, 12, chunk_size=4, **o),
     "xtrace": lambda op, **o: xtrace(op, 4, **o),
     "hutchpp": lambda op, **o: hutchpp_trace(op, 4, chunk_size=1, **o),
@@ -131,12 +136,25 @@ COMPUTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:hutchinson_trace. the interval:UserWarning")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.float32, {}),
+        (torch.float64, {"check_finite": True}),
+    ],
+    ids=["double", "single", "by products"],
+)
 @pytest.mark.parametrize("name", COMPUTATIONS)
-def test_an_interruption_at_any_batch_does_not_show(name: str, tmp_path: Path) -> None:
+def test_an_interruption_at_any_batch_does_not_show(
+    name: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
+) -> None:
     def compute(at: int | None, checkpoint: Any) -> tuple[list[Tensor], int]:
         data = Stops(at)
         generator = torch.Generator().manual_seed(0)
-        found = COMPUTATIONS[name](operator(data), generator=generator, checkpoint=checkpoint)
+        op = operator(data, dtype, **options)
+        found = COMPUTATIONS[name](op, generator=generator, checkpoint=checkpoint)
         return interrupted.numbers(found), data.read
 
     expected, reads = compute(None, None)
@@ -146,8 +164,8 @@ def test_an_interruption_at_any_batch_does_not_show(name: str, tmp_path: Path) -
             compute(at, checkpoint)
         found, read = compute(None, checkpoint)
         assert all(map(torch.equal, found, expected))
-        # No batch was computed twice, though those of the interrupted pass were read again.
-        assert read <= reads - at + 1 + 3 + 1
+        # No pass was made again, though the batches of the interrupted one were read again.
+        assert read <= reads - at + 1 + 3 + 4
 
 
 def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
@@ -252,8 +270,10 @@ def trace(op: LinearOperator, path: Path, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda p: trace(diagonal(1, 2, 4), p), "product with a vector"),
-        (lambda p: trace(diagonal(-1, -2, -3), p), "product with a vector"),
+        (lambda p: trace(diagonal(1, 2, 4), p), "operator"),
+        (lambda p: trace(diagonal(1, 2, 3.0001), p), "operator"),
+        (lambda p: trace(diagonal(1, 2, 3).damped(1e-3), p), "operator"),
+        (lambda p: trace(diagonal(-1, -2, -3), p), "operator"),
         (lambda p: trace(diagonal(1, 2, 3, 4), p), "shapes"),
         (lambda p: trace(diagonal(1, 2, 3), p, seed=1), "seed"),
         (lambda p: trace(diagonal(1, 2, 3), p, chunk_size=2), "chunk_size"),
@@ -268,7 +288,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     path = tmp_path / "c.pt"
     trace(diagonal(1, 2, 3), path)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=f"its ({reason}).* is .*here it is"):
+    with pytest.raises(CheckpointError, match=f"its ({reason}).* is (.*here it is|another one)"):
         call(path)
     assert path.read_bytes() == before
 
@@ -338,7 +358,7 @@ def test_other_data_are_refused_where_they_differ(tmp_path: Path) -> None:
         compute(other)
     changed = Stops(None)
     changed.batches[0] = -changed.batches[0]
-    with pytest.raises(CheckpointError, match="product with a vector"):
+    with pytest.raises(CheckpointError, match="operator is another one"):
         compute(changed)
 
 
@@ -486,3 +506,212 @@ def test_a_tree_of_parameters_is_kept(tmp_path: Path) -> None:
     generator.manual_seed(0)
     again = hutchinson_diagonal(op, 6, generator=generator, checkpoint=tmp_path / "c.pt")
     assert found.value["a"][1].tolist() == again.value["a"][1].tolist() == [[3.0, 3.0]]
+
+
+def test_fewer_data_are_refused_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+    data = Stops(5)
+    kept = Checkpoint(tmp_path / "c.pt", minutes=0)
+
+    def compute(data: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return hutchinson_trace(operator(data), 20, generator=generator, checkpoint=kept)
+
+    data.at = 4
+    with pytest.raises(StoppedError):
+        compute(data)
+    fewer = Stops(None)
+    fewer.batches = fewer.batches[:1]
+    with pytest.raises(CheckpointError, match="of 2 batches that were done there are 1"):
+        compute(fewer)
+
+
+def test_a_distribution_of_the_users_is_known_by_what_it_draws(tmp_path: Path) -> None:
+    def make(value: float) -> Any:
+        return lambda seed, rows, like: torch.full((len(rows), *like.shape), value)
+
+    op = diagonal(1, 2, 3)
+    path = tmp_path / "c.pt"
+    generator = torch.Generator().manual_seed(0)
+    found = hutchinson_trace(op, 4, distribution=make(1.0), generator=generator, checkpoint=path)
+    assert float(found.value) == 6.0
+    generator.manual_seed(0)
+    with pytest.raises(ValueError, match="drawn"):
+        hutchinson_trace(op, 4, distribution=make(2.0), generator=generator, checkpoint=path)
+    with pytest.raises(ValueError, match="drawn"):
+        hutchinson_trace(op, 8, distribution=make(2.0), resume=found)
+
+
+def test_a_file_that_cannot_be_written_is_said_at_once_or_warned_of(tmp_path: Path) -> None:
+    op = diagonal(1, 2, 3)
+    with pytest.raises(OSError, match=r"too long"):
+        trace(op, tmp_path / ("a" * 252))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def product(v: Tensor) -> Tensor:
+        if folder.exists() and calls.pop():
+            folder.rmdir()
+        return torch.tensor([1.0, 2.0, 3.0]) * v
+
+    calls = [True, False]  # the first product is that by which the operator is known
+    lost = LinearOperator(product, torch.zeros(3))
+    with pytest.warns(CheckpointWarning, match="could not be written"):
+        found = trace(lost, folder / "c.pt", chunk_size=1)
+    assert float(found.value) == 6.0
+
+
+def test_a_checkpoint_records_no_derivatives_and_refuses_transforms(tmp_path: Path) -> None:
+    p = torch.tensor([1.0, 2.0], requires_grad=True)
+    op = LinearOperator(lambda v: p * v, torch.zeros(2))
+    assert hutchinson_trace(op, 4).value.requires_grad
+    assert not trace(op, tmp_path / "c.pt").value.requires_grad
+    with pytest.raises(NoExactRouteError, match=r"torch\.func"):
+        torch.func.grad(lambda p: trace(op, tmp_path / "d.pt").value * p)(torch.tensor(1.0))
+
+
+def test_an_inner_computation_is_cancelled_as_a_whole(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(30, 30, generator=generator).double()
+    matrix = root @ root.T + 30 * torch.eye(30).double()
+    calls = [0]
+    stop: list[Callable[[], None]] = []
+
+    def product(v: Tensor) -> Tensor:
+        calls[0] += 1
+        if stop and calls[0] == 140:
+            stop.pop()()
+        return matrix @ v
+
+    inner = LinearOperator(product, matrix[0])
+    inverse = LinearOperator(lambda v: cg(inner, v, rtol=1e-12).x, matrix[0])
+
+    def compute(checkpoint: Any) -> Any:
+        calls[0] = 0
+        return hutchinson_trace(
+            inverse,
+            10,
+            generator=torch.Generator().manual_seed(0),
+            chunk_size=1,
+            checkpoint=checkpoint,
+        )
+
+    expected = compute(None)
+    with interruptible() as cancel:
+        stop.append(cancel)
+        with pytest.warns(ConvergenceWarning, match="cancelled after") as warned:
+            found = compute(tmp_path / "c.pt")
+    assert len(warned) == 1
+    done = found.num_matvecs
+    assert 0 < done < 10
+    first = hutchinson_trace(
+        inverse, done, generator=torch.Generator().manual_seed(0), chunk_size=1
+    )
+    assert torch.equal(found.value, first.value)
+    assert torch.equal(compute(tmp_path / "c.pt").value, expected.value)
+
+
+def test_cancelled_hutchpp_goes_on_with_no_more_products_than_asked_for() -> None:
+    matrix = torch.diag(torch.linspace(1, 2, 90)).double() + 0.1
+    op, stop, _ = stopping_after(45, matrix)
+    with interruptible() as cancel:
+        stop.append(cancel)
+        with pytest.warns(ConvergenceWarning, match="cancelled after"):
+            found = hutchpp_trace(op, 60, chunk_size=1)
+    assert found.num_matvecs == 45
+    plain = LinearOperator(lambda v: matrix @ v, matrix[0])
+    for total in (45, 48, 54, 60):
+        assert hutchpp_trace(plain, total, resume=found).num_matvecs == total
+
+
+def test_what_nobody_looks_for_is_an_interruption_at_the_end() -> None:
+    op = diagonal(1, 2, 3)
+
+    def nobody_looks() -> None:
+        with interruptible() as cancel:
+            cancel()
+            op @ torch.ones(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        nobody_looks()
+    done: list[int] = []
+    with interruptible() as cancel:
+        cancel()
+        with pytest.raises(KeyboardInterrupt, match="cancelled"):
+            op.dense()
+        done.append(1)
+    assert done
+
+
+def test_an_outer_block_is_cancelled_with_an_inner_one() -> None:
+    op = diagonal(1, 2, 3)
+    with interruptible():
+        with interruptible() as cancel:
+            cancel()
+            with pytest.raises(KeyboardInterrupt):
+                hutchinson_trace(op, 4)
+        with pytest.raises(KeyboardInterrupt):
+            hutchinson_trace(op, 4)
+
+
+def test_handlers_of_the_user_are_kept_and_ignored_signals_stay_ignored() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        mine = signal.getsignal(signal.SIGINT)
+        with interruptible():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert heard == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is mine
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interruptible():
+            signal.raise_signal(signal.SIGINT)
+            assert float(hutchinson_trace(diagonal(1, 2, 3), 4).value) == 6.0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_context_left_in_another_order_leaves_nothing() -> None:
+    def block() -> Any:
+        with interruptible() as cancel:
+            yield cancel
+
+    generator = block()
+    next(generator)
+    with interruptible():
+        generator.close()
+        assert len(running.watchers()) == 1
+    assert not running.watchers()
+
+
+def test_digests_tell_values_apart() -> None:
+    from secorder_func.digest import digest
+
+    values = [
+        [1, 23],
+        [12, 3],
+        {"s": [1, 11]},
+        {"s": [11, 1]},
+        ["a", "bc"],
+        ["ab", "c"],
+        [[1], [2]],
+        [[1, 2], []],
+        [1.0],
+        [1],
+        [True],
+        [torch.ones(1)],
+        [torch.ones(1).double()],
+        [torch.ones(1, 1)],
+        [-torch.zeros(1)],
+        [torch.zeros(1)],
+        [torch.zeros(0)],
+        [torch.zeros(0, 2)],
+        [torch.ones(3)[::2].numpy()],
+        [torch.ones(3)[:2].double().numpy()],
+        [None],
+        [],
+    ]
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest(torch.arange(6.0).reshape(2, 3).T) == digest(
+        torch.arange(6.0).reshape(2, 3).T.contiguous()
+    )

@@ -90,7 +90,7 @@ def test_preconditioned_solutions_are_the_same(solver: Any, stack: bool) -> None
     assert found.converged.all()
     assert (found.residual_norm <= 1e-10 * b.norm(dim=-1)).all()
     oracles.assert_same(found.x, b @ torch.linalg.inv(matrix), 1e-6)
-    plain = solver(op.damped(DAMPING), b, rtol=1e-10)
+    plain = solver(op.damped(DAMPING), b, rtol=1e-9)  # rounding allows little less without M
     assert found.num_matvecs < plain.num_matvecs / 5
 
 

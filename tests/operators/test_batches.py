@@ -413,17 +413,17 @@ def test_weights_that_the_losses_contradict_are_refused() -> None:
     problem = Digits((4,), tokens=True)
     f, params = functional_loss(problem.model, problem.loss("mean"))
     with pytest.raises(ValueError, match="not the mean of the losses of its first"):
-        Batches(problem.parts).hessian_operator(f, params)
+        Batches(problem.parts).hessian_operator(f, params) @ params
     with pytest.raises(ValueError, match="weight="):
         Batches(problem.parts).loss(f, params)
     with pytest.raises(ValueError, match="not the mean"):
         Batches(problem.parts, weight=kept).ggn_operator(
             functional_model(problem.model)[0], problem.loss("sum"), params
-        )
+        ) @ params
     plain = Digits((4,), tokens=False)
     mean, params = functional_loss(plain.model, F.cross_entropy)
     with pytest.raises(ValueError, match="not the sum"):
-        Batches(plain.parts, reduction="sum").hessian_operator(mean, params)
+        Batches(plain.parts, reduction="sum").hessian_operator(mean, params) @ params
 
 
 def test_samples_that_influence_each_other_are_refused_unless_meant() -> None:
@@ -433,7 +433,7 @@ def test_samples_that_influence_each_other_are_refused_unless_meant() -> None:
     f, params = functional_loss(model, F.mse_loss)
     parts = [(x[:4], y[:4]), (x[4:], y[4:])]
     with pytest.raises(ValueError, match="batch normalisation"):
-        Batches(parts).hessian_operator(f, params)
+        Batches(parts).hessian_operator(f, params) @ params
     op = Batches(parts, check_weights=False).hessian_operator(f, params)
     expected = dense_hessian(lambda p: (f(p, *parts[0]) + f(p, *parts[1])) / 2, params)
     assert relative_error(op.dense(), expected) < 1e-10
@@ -522,7 +522,7 @@ class Shrinking:
         (lambda: Batches([1], weight=3), "weight must be a function"),
         (lambda: Batches([1], reduction="sum", weight=len), "a sum has no weights"),
         (lambda: list(Batches([1], prepare=lambda b: b).read()), "prepare must return a tuple"),
-        (lambda: Batches([]).loss(lambda p: p.sum(), torch.ones(2)), "no samples"),
+        (lambda: Batches([]).loss(lambda p: p.sum(), torch.ones(2)), "nothing to sum"),
         (
             lambda: Batches([torch.ones(2)], weight=lambda x: -1.0).loss(
                 lambda p, x: (p * x).sum(), torch.ones(2)
@@ -533,11 +533,14 @@ class Shrinking:
             lambda: Batches([torch.ones(2)], weight=lambda x: x).loss(
                 lambda p, x: (p * x).sum(), torch.ones(2)
             ),
-            "weight must return a number",
+            "must return a number",
         ),
         (
-            lambda: Batches([torch.ones(2)]).ggn_operator(
-                lambda p, x: p * x, lambda o, y: o.sum(), torch.ones(2)
+            lambda: (
+                Batches([torch.ones(2)]).ggn_operator(
+                    lambda p, x: p * x, lambda o, y: o.sum(), torch.ones(2)
+                )
+                @ torch.ones(2)
             ),
             "must be .inputs, targets.",
         ),
@@ -554,3 +557,196 @@ class Shrinking:
 def test_refusals_say_what_is_wrong(make: Callable[[], Any], problem: str) -> None:
     with pytest.raises((ValueError, TypeError), match=problem):
         make()
+
+
+# ------------------------------------------------------------------ one operator, used again
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "trace": lambda op: hutchinson_trace(op, 256, generator=torch.Generator().manual_seed(0)).value,
+    "diagonal": lambda op: (
+        hutchinson_diagonal(op, 20, generator=torch.Generator().manual_seed(0)).value
+    ),
+    "exact trace": exact_trace,
+    "exact diagonal": exact_diagonal,
+    "forms": lambda op: op.quadratic_forms(op.basis(slice(0, 20))),
+    "dense": dense,
+    "block": lambda op: exact_diagonal(op.block("2")),
+    "trace of a block": lambda op: (
+        hutchinson_trace(op.block("2"), 64, generator=torch.Generator().manual_seed(0)).value
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("first", USES)
+def test_what_was_computed_before_does_not_matter(first: str, kind: str) -> None:
+    problem = Digits((5,), tokens=False)
+    f, params = functional_loss(problem.model, F.cross_entropy)
+    model_fn, _ = functional_model(problem.model)
+
+    def make() -> Any:
+        if kind == "hessian":
+            return Batches(problem.parts).hessian_operator(f, params)
+        return Batches(problem.parts).ggn_operator(model_fn, F.cross_entropy, params)
+
+    op = make()
+    USES[first](op)
+    for use in USES.values():
+        assert relative_error(use(op), use(make())) < 1e-12
+
+
+def test_exact_numbers_take_one_pass() -> None:
+    problem = Digits((3,), tokens=False)
+    f, params = functional_loss(problem.model, F.cross_entropy)
+    model_fn, _ = functional_model(problem.model)
+    data = Counted(problem.parts)
+    batches = Batches(data)
+    for op in (
+        batches.hessian_operator(f, params),
+        batches.ggn_operator(model_fn, F.cross_entropy, params),
+        batches.fisher_operator(model_fn, likelihoods.categorical(), params),
+        batches.hessian_operator(f, params, check_finite=True),
+    ):
+        for compute in (exact_trace, exact_diagonal, dense):
+            data.read = [0, 0]
+            compute(op)
+            assert data.read == [1, 1]
+
+
+class Turned:
+    """Batches of unequal sizes that come in another order every second time."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reads += 1
+        return iter(self.batches if self.reads % 2 else self.batches[::-1])
+
+
+def test_weights_belong_to_batches_in_whatever_order_they_come() -> None:
+    problem = Digits((2,), tokens=False)
+    f, params = functional_loss(problem.model, F.cross_entropy)
+    expected = dense_hessian(lambda p: f(p, problem.x, problem.y), params)
+    op = Batches(Turned(problem.parts)).hessian_operator(f, params)
+    for _ in range(3):
+        assert relative_error(op.dense(), expected) < 1e-12
+
+
+def test_what_prepare_draws_is_the_same_at_every_pass() -> None:
+    x = torch.ones(6, 2).double()
+    noisy = Batches(
+        [x[:4], x[4:]], prepare=lambda b: (b + torch.randn(b.shape).double(),), check_weights=False
+    )
+    op = noisy.hessian_operator(lambda p, x: ((x @ p) ** 2).mean(), torch.ones(2).double())
+    state = torch.get_rng_state()
+    first = op.dense()
+    assert torch.equal(op.dense(), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Augmented(torch.utils.data.Dataset[Any]):
+    """Samples with noise from a generator of the data set's own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.randn(2, generator=self.generator).double()
+
+
+def test_generators_of_data_sets_and_samplers_are_put_back() -> None:
+    data = Augmented()
+    before = data.generator.get_state()
+    for subset in (data, torch.utils.data.Subset(data, range(6))):
+        batches = Batches(DataLoader(subset, batch_size=4))
+        op = batches.hessian_operator(lambda p, x: ((x @ p) ** 2).mean(), torch.ones(2).double())
+        assert torch.equal(op.dense(), op.dense())
+        batches.check()
+        assert torch.equal(data.generator.get_state(), before)
+    sampler = torch.utils.data.RandomSampler(
+        range(6), replacement=True, num_samples=5, generator=data.generator
+    )
+    batches = Batches(DataLoader(TensorDataset(torch.arange(6.0)), batch_size=2, sampler=sampler))
+    both = list(zip(batches.read(), batches.read(), strict=True))
+    assert len(both) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in both)
+
+
+def test_persistent_workers_are_refused() -> None:
+    data = DataLoader(TensorDataset(torch.ones(4)), num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers=False"):
+        Batches(data)
+
+
+def test_workers_give_the_same_data_at_every_pass() -> None:
+    data = DataLoader(TensorDataset(torch.arange(8.0)), 3, shuffle=True, num_workers=2)
+    first, second = ([x.tolist() for (x,) in Batches(data).read()] for _ in range(2))
+    torch.manual_seed(0)
+    batches = Batches(data)
+    first, second = ([x.tolist() for (x,) in batches.read()] for _ in range(2))
+    assert first == second
+    assert sorted(number for numbers in first for number in numbers) == list(range(8))
+
+
+def test_weights_that_only_later_batches_contradict_are_refused() -> None:
+    problem = Digits((2, 4), tokens=True)
+    f, params = functional_loss(problem.model, problem.loss("mean"))
+    x, y = problem.x, problem.y.clone().clamp(min=0)
+    later = y.clone()
+    later[5, 1:] = IGNORED
+    data = [(x[:2], y[:2]), (x[2:4], y[2:4]), (x[4:], later[4:])]
+    with pytest.raises(ValueError, match="loss of batch 2 is not the mean"):
+        Batches(data).hessian_operator(f, params) @ params
+
+
+def test_a_loss_of_all_data_is_not_differentiated_to_zeros() -> None:
+    batches = Batches([torch.ones(2)])
+    f = lambda p, x: (p * x).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="loss_and_gradient"):
+        torch.func.grad(lambda p: batches.loss(f, p))(torch.ones(2))
+
+
+def test_operators_are_mapped_over_parameters() -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    batches = Batches([x[:2], x[2:]], check_weights=False)
+    f = lambda p, x: ((x @ p) ** 4).mean()  # noqa: E731
+    points = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
+    v = torch.ones(3).double()
+    mapped = torch.func.vmap(lambda p: batches.hessian_operator(f, p) @ v)(points)
+    for p, found in zip(points, mapped, strict=True):
+        assert relative_error(found, dense_hessian(lambda p: f(p, x), p) @ v) < 1e-12
+
+
+def test_buffers_stay_as_they_are_also_in_check() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    f, params = functional_loss(model, F.mse_loss)
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 1).double()) for _ in range(2)]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    batches = Batches(data, check_weights=False)
+    batches.check(lambda p, x, y: F.mse_loss(model(x), y), params)
+    batches.loss_and_gradient(f, params)
+    batches.hessian_operator(f, params) @ params
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_batches_of_batches_and_sums_of_operators() -> None:
+    problem = Digits((3,), tokens=False)
+    f, params = functional_loss(problem.model, F.cross_entropy)
+    inner = [Batches([part]).hessian_operator(f, params) for part in problem.parts]
+    outer = Batches([0, 1], reduction="sum").operator(lambda i: inner[i], params)
+    expected = sum(dense_hessian(lambda p, x=x, y=y: f(p, x, y), params) for x, y in problem.parts)
+    assert relative_error(outer.dense(), expected) < 1e-12
+    trace = hutchinson_trace(outer, 40, generator=torch.Generator().manual_seed(0))
+    assert trace.by_propagation
+    assert abs(float(trace.value - expected.trace())) < 6 * float(trace.standard_error)
+    assert relative_error((inner[0] + inner[1]).dense(), expected) < 1e-12
+    with pytest.raises((TypeError, ValueError), match=r"make\(\*batch\).like"):
+        Batches([0], reduction="sum").operator(
+            lambda i: hessian_operator(lambda p: p.sum() ** 2, torch.ones(2)), params
+        ) @ params
