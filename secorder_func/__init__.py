@@ -38,7 +38,12 @@ from secorder_func.algorithms import (
     xnystrace,
     xtrace,
 )
-from secorder_func.errors import CheckpointError, CurvatureFallbackWarning, NoExactRouteError
+from secorder_func.errors import (
+    CheckpointError,
+    CurvatureFallbackWarning,
+    NoExactRouteError,
+    RankError,
+)
 from secorder_func.nn import functional_loss, functional_model
 from secorder_func.operators import (
     Batches,
@@ -52,6 +57,7 @@ from secorder_func.operators import (
     per_sample_fisher_operator,
     per_sample_ggn_operator,
     per_sample_hessian_operator,
+    share_vectors,
 )
 from secorder_func.progress_bars import progress
 from secorder_func.running import interruptible
@@ -81,6 +87,7 @@ __all__ = [
     "LinearOperator",
     "NoExactRouteError",
     "PerSampleOperator",
+    "RankError",
     "Solution",
     "SpectralDensity",
     "Verification",
@@ -125,6 +132,7 @@ __all__ = [
     "quadratic_form",
     "random_direction",
     "rule_kinds",
+    "share_vectors",
     "spectral_density",
     "taylor",
     "top_eigenpairs",

@@ -11,6 +11,7 @@ from secorder_func.operators.per_sample import (
     per_sample_hessian_operator,
 )
 from secorder_func.operators.per_sample_operator import PerSampleOperator
+from secorder_func.operators.shared_vectors import share_vectors
 
 __all__ = [
     "Batches",
@@ -24,4 +25,5 @@ __all__ = [
     "per_sample_fisher_operator",
     "per_sample_ggn_operator",
     "per_sample_hessian_operator",
+    "share_vectors",
 ]

@@ -55,44 +55,55 @@ class Heartbeat:
         """Return in words which processes did not answer, and why, as far as that can be known."""
         if self._store is None:
             return "another process died or hangs"
+        others = [rank for rank in ranks if rank != self._rank]
+        before: dict[int, Any] = {}
+        now: dict[int, Any] = {}
         try:
             self._beat()  # with the number of this call
-            before = {rank: self._seen(rank) for rank in ranks if rank != self._rank}
-            waited = 0
-            while waited < _PATIENCE and not all(
-                self._moved(rank, seen) for rank, seen in before.items()
-            ):
+            before = now = {rank: self._seen(rank) for rank in others}
+            for _ in range(_PATIENCE):
                 time.sleep(_SECONDS)
-                waited += 1
-            now = {rank: self._seen(rank) for rank in before}
+                now = {rank: self._seen(rank) for rank in others}
+                if all(_moved(before[rank], now[rank]) for rank in others):
+                    break
+            gone = [rank for rank in others if not _moved(before[rank], now[rank])]
+            verdict = self._verdict(gone, now, {rank: self._left(rank) for rank in others})
+            self._store.set(f"{_LEFT}/{self._rank}", verdict)
+            self._stay([rank for rank in others if rank not in gone and not self._late(now[rank])])
         except Exception:  # the store is in a process that is gone
+            late = [rank for rank in others if rank in now and self._late(now[rank])]
+            if late:
+                return self._verdict([], now, {})
             return "rank 0, or the launcher, which holds what all processes share, is gone"
-        verdict = self._verdict(before, now)
-        self._store.set(f"{_LEFT}/{self._rank}", verdict)
         return verdict
 
-    def _verdict(self, before: dict[int, Any], now: dict[int, Any]) -> str:
-        gone = [rank for rank, seen in before.items() if not self._moved(rank, seen)]
-        left = {rank: self._left(rank) for rank in before}
-        first = [rank for rank in gone if left[rank] is None]
+    def _verdict(self, gone: list[int], now: dict[int, Any], left: dict[int, str | None]) -> str:
+        first = [rank for rank in gone if left.get(rank) is None]
         if first:
-            return "; ".join(f"{_named(rank, before[rank])} is gone or frozen" for rank in first)
-        if any(left.values()):  # the first of those who gave up knew best
-            return next(reason for reason in left.values() if reason is not None)
-        late = [rank for rank, seen in now.items() if seen is not None and seen[1] < self._calls]
+            return "; ".join(f"{_named(rank, now[rank])} is gone or frozen" for rank in first)
+        reasons = [reason for reason in left.values() if reason is not None]
+        if reasons:  # who gave up before knew best
+            return reasons[0]
+        late = [rank for rank, seen in now.items() if self._late(seen)]
         if late:
             names = ", ".join(_named(rank, now[rank]) for rank in late)
             return f"{names} is alive, but did not make this call in time"
         return "all processes are alive, but do not hear each other"
 
+    def _late(self, seen: tuple[int, int, str, str] | None) -> bool:
+        return seen is not None and seen[1] < self._calls
+
+    def _stay(self, waiting: list[int]) -> None:
+        """Let the first process, which may hold the store, stay until the others have read it."""
+        for _ in range(_PATIENCE if self._rank == 0 else 0):
+            if all(self._left(rank) is not None for rank in waiting):
+                return
+            time.sleep(_SECONDS)
+
     def _left(self, rank: int) -> str | None:
         """Return why a process gave up, None if it did not."""
         key = f"{_LEFT}/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def _moved(self, rank: int, before: Any) -> bool:
-        now = self._seen(rank)
-        return now is not None and (before is None or now[0] > before[0])
 
     def _seen(self, rank: int) -> tuple[int, int, str, str] | None:
         key = f"{_PREFIX}/{rank}"
@@ -115,6 +126,10 @@ class Heartbeat:
                 self._beat()
             except Exception:  # the group was destroyed, or the store is gone
                 return
+
+
+def _moved(before: Any, now: Any) -> bool:
+    return now is not None and (before is None or now[0] > before[0])
 
 
 def _named(rank: int, seen: tuple[int, int, str, str] | None) -> str:
