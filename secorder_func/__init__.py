@@ -61,6 +61,7 @@ from secorder_func.operators import (
 )
 from secorder_func.progress_bars import progress
 from secorder_func.running import interruptible
+from secorder_func.tracker import CurvatureRecord, CurvatureTracker
 from secorder_func.transforms import (
     bilinear_form,
     finite_difference_hvp,
@@ -81,6 +82,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CurvatureFallbackWarning",
+    "CurvatureRecord",
+    "CurvatureTracker",
     "Eigenpairs",
     "Estimate",
     "LayerCurvature",

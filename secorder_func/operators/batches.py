@@ -165,6 +165,11 @@ class Batches:
         except TypeError:  # an iterable data set behind a loader
             return None
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that have a share each, if they are several."""
+        return self._ranks
+
     def read(self, device: torch.device | None = None, /) -> Iterator[Args]:
         """Yield the batches, in the same order with the same random numbers whenever they are read."""
         stream = _Stream(self._random, self._generators, self._states)

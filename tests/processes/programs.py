@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secorder_func import (
     Batches,
     Checkpoint,
+    CurvatureTracker,
     cg,
     eigsh,
     exact_diagonal,
@@ -226,6 +227,42 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+@_program
+def trained(folder: Path) -> dict[str, Tensor]:
+    """A training by DistributedDataParallel, without and with a tracker of shared data."""
+    found = {}
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    _, parts = problem()
+    for tracked in (False, True):
+        model, _ = problem()
+        several = dist.is_initialized()
+        wrapped = DistributedDataParallel(model) if several else model
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5, momentum=0.9)
+        tracker = None
+        if tracked:
+            data = Batches(parts[rank() :: size], group=True if several else None)
+            path = folder / ("several.jsonl" if several else "one.jsonl")
+            tracker = CurvatureTracker(
+                wrapped, F.cross_entropy, data, every=2, budget=None, path=path, num_probes=4
+            )
+        for number in range(6):
+            optimizer.zero_grad()
+            # The same batches in every process: so are the gradients, and the training is that of one.
+            x, y = parts[number % 4]
+            F.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+            if tracker is not None:
+                tracker.step()
+        found[f"tracked {tracked}"] = torch.cat(
+            [p.detach().reshape(-1) for p in model.parameters()]
+        )
+        if tracker is not None:
+            records = tracker.records
+            found["traces"] = torch.tensor([record.trace for record in records])
+            found["eigenvalues"] = torch.tensor([record.eigenvalues[0] for record in records])
+    return found
 
 
 def _endless(at: Callable[[int], None]) -> None:

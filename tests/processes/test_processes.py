@@ -104,6 +104,17 @@ def test_torchrun_starts_them(tmp_path: Path) -> None:
     assert relative_error(found, expected) < 1e-10
 
 
+def test_a_training_of_several_is_tracked_and_not_changed(tmp_path: Path) -> None:
+    expected = programs.trained(tmp_path)
+    found = results("trained", 2, tmp_path)
+    assert torch.equal(found[0]["tracked True"], found[0]["tracked False"])
+    assert torch.equal(found[1]["traces"], found[0]["traces"])
+    assert relative_error(found[0]["traces"], expected["traces"]) < 1e-6
+    assert relative_error(found[0]["eigenvalues"], expected["eigenvalues"]) < 1e-3
+    lines = (tmp_path / "several.jsonl").read_text().splitlines()
+    assert len(lines) == 3  # the first process alone writes
+
+
 # ------------------------------------------------------------------------------- failures
 
 
