@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 __all__ = ["CurvatureCallback"]
 
 
-class CurvatureCallback(Callback):  # type: ignore[misc]
+class CurvatureCallback(Callback):  # type: ignore[misc, unused-ignore]
     """Steps a `CurvatureTracker` after every step of the optimizer, and logs what it records.
 
     Parameters

@@ -201,7 +201,9 @@ class CurvatureTracker:
             raise ArgumentTypeError(message(where, problem, "Pass Batches(loader) for a loader"))
         self._f, self._params = f, params
         self._batch = tuple(data) if one else None
-        self._batches = Batches([tuple(data)], reduction="sum", check_weights=False) if one else data
+        self._batches = (
+            Batches([tuple(data)], reduction="sum", check_weights=False) if one else data
+        )
         self._every, self._budget = every, budget
         self._path = None if path is None else Path(path).absolute()
         self.records: list[CurvatureRecord] = []

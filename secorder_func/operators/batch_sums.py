@@ -71,8 +71,9 @@ class BatchSums:
         Whether a batch counts by its weight. Else the sum of what batches contribute is divided by all weights.
     ranks
         The processes that have a share of the data each, if they are shared.
-    check
-        Is given some batches of the first pass, and refuses weights that their losses contradict.
+    check, passed
+        The first is given some batches of the first pass, and refuses weights that their losses contradict; the second
+        is called when none was refused.
     where
         The public function, for messages.
 
@@ -88,6 +89,7 @@ class BatchSums:
     multiplies: bool = True
     ranks: Ranks | None = None
     check: Callable[[Batch], None] | None = None
+    passed: Callable[[], None] | None = None
     where: str = "Batches"
     known: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -223,6 +225,8 @@ class BatchSums:
         """Refuse a pass over more or less than the first."""
         if self._whole is None:
             self._whole = read, divisor
+            if self.passed is not None:
+                self.passed()
         before, weight = self._whole
         if read != before or abs(divisor - weight) > _CLOSE * weight:
             problem = (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -16,10 +15,12 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.checks import check_callable, check_params
 from secorder_func.digest import digest
-from secorder_func.errors import ArgumentError, ArgumentTypeError, message
+from secorder_func.errors import ArgumentError, message
 from secorder_func.operators.batch_kinds import GaussNewton, Hessian, Other, pair
 from secorder_func.operators.batch_operator import operator_over, wide_zeros
+from secorder_func.operators.batch_reader import BatchReader
 from secorder_func.operators.batch_sums import Add, Args, Batch, BatchSums
+from secorder_func.operators.batch_weights import BatchWeights, Weight
 from secorder_func.operators.fisher import (
     empirical_fisher_model,
     fisher_model,
@@ -30,7 +31,6 @@ from secorder_func.operators.linear_operator import LinearOperator
 from secorder_func.operators.outside import refuse_gradients
 from secorder_func.operators.ranks import Ranks
 from secorder_func.rules.inference import out_of_inference_mode
-from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import vjp_aux
 from secorder_func.seeds import draw_seed
 from secorder_func.transforms.fisher import Reduction, check_likelihood, check_reduction
@@ -40,9 +40,6 @@ from secorder_func.transforms.policy import check_mode
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
 __all__ = ["Batches"]
-
-Weight: TypeAlias = "Callable[..., float | Tensor]"
-_END = object()
 
 
 class Batches:
@@ -113,25 +110,6 @@ class Batches:
         group: Any = None,
     ) -> None:
         where = "Batches"
-        if isinstance(data, Tensor):
-            problem = "data must give batches, got a tensor"
-            raise ArgumentTypeError(
-                message(where, problem, "Pass [(inputs, targets)] for one batch")
-            )
-        if not isinstance(data, Iterable):
-            problem = f"data must be iterable, got {type(data).__name__}"
-            raise ArgumentTypeError(
-                message(where, problem, "Pass a DataLoader or a list of batches")
-            )
-        if isinstance(data, Iterator):
-            problem = f"data must be the same whenever they are read, got {type(data).__name__}, which can be read once"
-            raise ArgumentTypeError(
-                message(where, problem, "Pass a list, or the DataLoader itself")
-            )
-        if getattr(data, "persistent_workers", False):
-            problem = "persistent workers go on with other random numbers at every pass"
-            mend = "Make the DataLoader with persistent_workers=False"
-            raise ArgumentError(message(where, problem, mend))
         check_reduction(reduction, where)
         for name, function in (("weight", weight), ("prepare", prepare)):
             if function is not None:
@@ -139,31 +117,22 @@ class Batches:
         if reduction == "sum" and weight is not None:
             problem = "a sum has no weights, got reduction='sum' and weight="
             raise ArgumentError(message(where, problem, "Pass one of them"))
-        self._data = data
-        self._reduction = reduction
-        self._user_weight = weight
-        self._prepare = prepare
+        self._reader = BatchReader(data, prepare, where)
+        self._weights = BatchWeights(reduction, weight)
         self._check_weights = check_weights
         self._ranks = None if group is None else Ranks(group, where)
-        self._generators = _generators_of(data)
-        self._states = [generator.get_state() for generator in self._generators]
-        self._random = RandomState.now([])
-        self._shapes: Any = None
         self._checked: WeakSet[Any] = WeakSet()
 
     def __repr__(self) -> str:
         count = "unknown number of" if self.length is None else self.length
-        return f"Batches({count} batches, reduction={self._reduction!r})"
+        return f"Batches({count} batches, reduction={self._weights.reduction!r})"
 
     # ------------------------------------------------------------------------------ reading
 
     @property
     def length(self) -> int | None:
         """How many batches there are, None if that is not known before."""
-        try:
-            return len(self._data)  # type: ignore[arg-type]
-        except TypeError:  # an iterable data set behind a loader
-            return None
+        return self._reader.length
 
     @property
     def ranks(self) -> Ranks | None:
@@ -172,32 +141,7 @@ class Batches:
 
     def read(self, device: torch.device | None = None, /) -> Iterator[Args]:
         """Yield the batches, in the same order with the same random numbers whenever they are read."""
-        stream = _Stream(self._random, self._generators, self._states)
-        with stream.drawn():
-            iterator = iter(self._data)
-        while True:
-            with stream.drawn():
-                batch = next(iterator, _END)
-                if batch is _END:
-                    return
-                prepared = self._prepared(batch, device)
-            yield prepared
-
-    def _prepared(self, batch: Any, device: torch.device | None) -> Args:
-        if self._prepare is not None:
-            found: Any = self._prepare(batch)
-            if not isinstance(found, (tuple, list)):
-                problem = f"prepare must return a tuple, got {type(found).__name__}"
-                mend = "Write lambda batch: (batch,) for one argument"
-                raise ArgumentTypeError(message("Batches", problem, mend))
-            batch = found
-        if not isinstance(batch, (tuple, list)):
-            batch = (batch,)
-        if device is None:
-            return tuple(batch)
-        tensors, restore = tree.tensors_and_rest(tuple(batch))
-        moved: Args = restore([tensor.to(device, non_blocking=True) for tensor in tensors])
-        return moved
+        return self._reader.read(device)
 
     def check(self, f: Callable[..., Any] | None = None, params: Tree = None) -> None:
         """Read the data twice; refuse data that differ, and a loss that does.
@@ -216,7 +160,7 @@ class Batches:
         if f is not None:
             check_callable(f, where)
             check_params(params, where)
-        sums = self._sums(params, self._weight, where)
+        sums = self._sums(params, where)
         seen = []
         for index, args in enumerate(self.read(sums.device)):
             seen.append(digest(tree.flatten_fully(args)[0]))
@@ -244,132 +188,47 @@ class Batches:
         with sums.randomness(Batch(index, args, index)).replayed(), torch.no_grad():
             return float(checked_scalar(loss.eager(), where))
 
-    # ---------------------------------------------------------------------------- weighting
-
-    def _weight(self, args: Args) -> float:
-        """Return what the loss of a batch was averaged over."""
-        if self._user_weight is None:
-            return self._number_of_samples(args)
-        return self._users(args)
-
-    def _instead_of(self, counted: Callable[[Args], float]) -> Callable[[Args], float]:
-        """Return the user's weight, or what is counted if there is none."""
-        return counted if self._user_weight is None else self._users
-
-    def _users(self, args: Args) -> float:
-        assert self._user_weight is not None
-        weight: Any = self._user_weight(*args)
-        one = isinstance(weight, Tensor) and weight.numel() == 1
-        if not one and not isinstance(weight, (int, float)):
-            given = tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)
-            problem = f"weight(*batch) must return a number, got {given}"
-            raise ArgumentTypeError(message("Batches", problem, "Sum what counts in a batch"))
-        number = float(weight)
-        if not 0 <= number < math.inf:
-            problem = f"weight must return a number from 0 on, got {number}"
-            raise ArgumentError(message("Batches", problem))
-        return number
-
-    def _number_of_samples(self, args: Args) -> float:
-        tensors = tree.tensors_in(args)
-        mend = "Pass weight=, what the loss of a batch is averaged over"
-        if not tensors:
-            kinds = ", ".join(type(arg).__name__ for arg in args) or "nothing"
-            problem = f"a batch has no tensor, but {kinds}"
-            raise ArgumentTypeError(
-                message("Batches", problem, "Pass prepare=, which makes tensors of a batch")
-            )
-        if not tensors[0].ndim:
-            problem = "the first tensor of a batch has no leading axis of samples"
-            raise ArgumentError(message("Batches", problem, mend))
-        shapes = [tuple(t.shape[1:]) for t in tensors]
-        if self._shapes is None:
-            self._shapes = shapes
-        if shapes != self._shapes:
-            problem = (
-                f"samples of different batches have different shapes, {shapes} after {self._shapes}: "
-                "their number may not be what the loss is averaged over"
-            )
-            raise ArgumentError(message("Batches", problem, mend))
-        return float(tensors[0].shape[0])
-
     def _sums(
         self,
         params: Tree,
-        weight: Callable[[Args], float],
         where: str,
         *,
+        weight: Callable[[Args], float] | None = None,
         value: Callable[[Batch], Tensor | None] | None = None,
         of: Any = None,
-        multiplies: bool = True,
     ) -> BatchSums:
-        """Return the sums over the batches; weights are checked against the values of the loss `of` once."""
+        """Return the sums over the batches.
+
+        With `weight` they are divided by it, not multiplied. With `value`, the loss `of` a batch, weights are checked
+        in the first pass, once for a loss.
+        """
         leaves = tuple(tree.flatten(params)[0])
-        weight_of = weight if self._reduction == "mean" else None
-        sums = BatchSums(self, leaves, weight_of, multiplies, self._ranks, where=where)
+        weights = self._weights
+        sums = BatchSums(
+            self._reader,
+            leaves,
+            weights.counted(weight),
+            multiplies=weight is None,
+            ranks=self._ranks,
+            where=where,
+        )
         if self._check_weights and value is not None and not self._was_checked(of):
-            sums.check = partial(self._require_right_weights, value, sums)
+            sums.check = partial(weights.require_right, value, sums)
+            sums.passed = partial(self._note_checked, of)
         return sums
 
     def _was_checked(self, of: Any) -> bool:
-        """Say whether the weights of this loss were checked before; now they are."""
         try:
-            known = of in self._checked
-            self._checked.add(of)
+            return of in self._checked
         except TypeError:  # it has no weak reference
             return False
-        return known
+
+    def _note_checked(self, of: Any) -> None:
+        with suppress(TypeError):
+            self._checked.add(of)
 
     def _agreed(self, seed: int) -> int:
         return seed if self._ranks is None else int(self._ranks.agree(seed))
-
-    def _require_right_weights(
-        self, value: Callable[[Batch], Tensor | None], sums: BatchSums, batch: Batch
-    ) -> None:
-        """Refuse weights and a reduction that the losses of the parts of a batch contradict."""
-        tensors, restore = tree.tensors_and_rest(batch.args)
-        counts = {t.shape[0] if t.ndim else 0 for t in tensors}
-        count = counts.pop() if len(counts) == 1 else 0
-        if count < 2:
-            return  # it cannot be split
-        cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
-        halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]
-        state = sums.randomness(batch)
-        terms = []
-        for args in (batch.args, *halves):
-            weight = self._weight(args) if self._reduction == "mean" else 1.0
-            with state.replayed(), torch.no_grad():
-                try:
-                    found = value(replace(batch, args=args)) if weight else torch.zeros(())
-                except Exception:
-                    if args is batch.args:
-                        raise
-                    return  # of so few samples there is no loss
-                if found is None or state.has_changed():
-                    return  # there is none, or its parts would draw other random numbers
-            terms.append(weight * float(found))
-            eps = torch.finfo(found.dtype).eps
-        whole, *both = terms
-        if not all(map(math.isfinite, terms)):
-            return
-        if abs(whole - sum(both)) > math.sqrt(eps) * max(map(abs, terms)):
-            mean = self._reduction == "mean"
-            what = "weights times losses" if mean else "losses"
-            problem = (
-                f"the loss of batch {batch.index} is not the {self._reduction} of the losses of its first {cut} and "
-                f"last {count - cut} samples: {what} are {whole:.6g} of all and {both[0]:.6g} + {both[1]:.6g} of the "
-                "parts"
-            )
-            mend = (
-                "Pass weight=, what the loss of a batch is averaged over, or reduction='sum'"
-                if mean
-                else "Pass reduction='mean'"
-            )
-            mend += (
-                ". If samples of a batch influence each other (batch normalisation in training mode), or the loss "
-                "has a term of the parameters alone, and that is meant, pass check_weights=False"
-            )
-            raise ArgumentError(message(sums.where, problem, mend))
 
     # ---------------------------------------------------------------------------- operators
 
@@ -382,7 +241,7 @@ class Batches:
         check_params(params, where)
         check_mode(mode, where)
         kind = Hessian(f, params, mode, check_finite)
-        sums = self._sums(params, self._weight, where, value=kind.value, of=f)
+        sums = self._sums(params, where, value=kind.value, of=f)
         return operator_over(kind, sums, params)
 
     def ggn_operator(
@@ -408,7 +267,7 @@ class Batches:
             return model_fn, loss_fn, *pair(batch, where)
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=True)
-        sums = self._sums(params, self._weight, where, value=kind.value, of=loss_fn)
+        sums = self._sums(params, where, value=kind.value, of=loss_fn)
         return operator_over(kind, sums, params)
 
     def fisher_operator(
@@ -449,7 +308,7 @@ class Batches:
             return float(number_of_entries(model_fn, likelihood, params, args[0], where))
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=False)
-        sums = self._sums(params, self._instead_of(entries), where, multiplies=False)
+        sums = self._sums(params, where, weight=entries)
         return operator_over(kind, sums, params)
 
     def empirical_fisher_operator(
@@ -483,7 +342,7 @@ class Batches:
             return float(number_of_losses(model_of(Batch(0, args, 0)), params))
 
         kind = GaussNewton(model_of, params, mode, check_finite, has_loss=False)
-        sums = self._sums(params, self._instead_of(losses), where, multiplies=False)
+        sums = self._sums(params, where, weight=losses)
         return operator_over(kind, sums, params)
 
     def operator(self, make: Callable[..., LinearOperator], like: Tree) -> LinearOperator:
@@ -501,7 +360,7 @@ class Batches:
         where = "Batches.operator"
         check_callable(make, where, name="make")
         check_params(like, where, name="like")
-        return operator_over(Other(make, like), self._sums(like, self._weight, where), like)
+        return operator_over(Other(make, like), self._sums(like, where), like)
 
     # -------------------------------------------------------------------- losses and gradients
 
@@ -530,7 +389,6 @@ class Batches:
         check_params(params, where)
         refuse_gradients(where)
         params = tree.map(Tensor.detach, params)
-        dtypes = []
 
         def value_of(batch: Batch) -> Tensor:
             loss = flat_loss(f, params, batch.args, {}, has_aux=False, where=where)
@@ -546,58 +404,12 @@ class Batches:
                 with out_of_inference_mode():
                     value, pull, _ = vjp_aux(loss.at(forward=False, higher=False), loss.leaves)
                     found = [g.detach() for g in pull(torch.ones_like(value))[0]]
-            dtypes.append(value.dtype)
             add([value.detach().double(), *found])
 
-        sums = self._sums(params, self._weight, where, value=value_of, of=f)
+        sums = self._sums(params, where, value=value_of, of=f)
         leaves, _ = tree.flatten(params)
         number = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
         zeros = [wide_zeros(leaf) for leaf in leaves] if gradient else []
         value, *rest = sums.over(where, [number, *zeros], add_loss)
-        return value.to(dtypes[0] if dtypes else leaves[0].dtype), rest
-
-
-class _Stream:
-    """Random numbers that are drawn while data are read: the same whenever they are, and nobody else's."""
-
-    def __init__(
-        self, state: RandomState, generators: Sequence[torch.Generator], states: Sequence[Tensor]
-    ) -> None:
-        self._state, self._generators, self._states = state, generators, list(states)
-
-    @contextmanager
-    def drawn(self) -> Iterator[None]:
-        """Draw inside from where this stream is; leave all generators as they are outside."""
-        present = RandomState.now([])
-        others = [generator.get_state() for generator in self._generators]
-        self._state.restore()
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            self._state = RandomState.now([])
-            self._states = [generator.get_state() for generator in self._generators]
-            present.restore()
-            for generator, state in zip(self._generators, others, strict=True):
-                generator.set_state(state)
-
-
-def _generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators that a loader, its samplers and its data sets hold."""
-    found: list[torch.Generator] = []
-    pending, seen = [data], set()
-    while pending:
-        owner = pending.pop()
-        if owner is None or id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        for name, value in getattr(owner, "__dict__", {}).items():
-            if isinstance(value, torch.Generator) and all(value is not g for g in found):
-                found.append(value)
-            elif name in _HOLDERS:
-                pending.extend(value if isinstance(value, (list, tuple)) else [value])
-    return found
-
-
-_HOLDERS = {"dataset", "datasets", "sampler", "batch_sampler", "data_source"}
+        dtype = torch.promote_types(tree.common_dtype(params), torch.float32)
+        return value.to(dtype.to_real()), rest
