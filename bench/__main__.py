@@ -31,6 +31,7 @@ QUESTIONS = (
     "memory",
     "growth",
     "data_growth",
+    "processes",
     "compile",
     "drop_in",
 )
@@ -100,6 +101,10 @@ def _figures(record: dict[str, Any]) -> str:
         inside = {None: "", True: ", inside", False: ", OUTSIDE"}[record.get("inside_budget")]
         budget = f" (adds {record['added_mib']:.1f}{inside})" if inside else ""
         return f"{record['peak_mib']:8.1f} MiB{budget}{wrong}"
+    if "to_one" in record:
+        ratio, ms = record["to_one"]["median"], record["milliseconds"]["median"]
+        sent = f"{record['calls']:3} messages {record['bytes']:10,} bytes"
+        return f"{ratio:6.2f} of one {ms:8.2f} ms {sent}, error {record['relative_error']:.1g}"
     ratio, ms = record["gradients"], record["milliseconds"]
     spread = f"({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})"
     return f"{ratio['median']:8.2f} gradients {spread} {ms['median']:8.2f} ms{wrong}"

@@ -33,6 +33,7 @@ __all__ = [
     "machine",
     "relative_error",
     "rounded",
+    "summary",
     "write",
 ]
 
@@ -148,8 +149,8 @@ def compare(
         times[name] = [t * shares.get(name, 1) for t in measured]
     for name, measured in times.items():
         ratios = [t / g for t, g in zip(measured, times["gradient"], strict=True)]
-        records[name]["milliseconds"] = _summary([1e3 * t for t in measured])
-        records[name]["gradients"] = _summary(ratios)
+        records[name]["milliseconds"] = summary([1e3 * t for t in measured])
+        records[name]["gradients"] = summary(ratios)
     for name in times:
         records[name]["relative_to_peers"] = {
             peer: rounded(
@@ -206,7 +207,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
     lower, middle, upper = statistics.quantiles(values, n=4)
     return {
         "median": rounded(middle),

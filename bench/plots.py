@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, NullLocator
 
-__all__ = ["bars", "decays", "lines", "speedups"]
+__all__ = ["bars", "by_processes", "decays", "lines", "speedups"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
@@ -145,6 +145,36 @@ def lines(axes_of: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.legend(fontsize=6, frameon=False, loc="upper left")
                 if column == 0:
                     axis.set_ylabel(unit)
+        _save(figure, path)
+
+
+def by_processes(problems: Sequence[dict[str, Any]], path: Path, *, label: str) -> None:
+    """Draw the time against the number of processes, a panel for what is computed, a line for what is shared."""
+    with plt.rc_context(_STYLE):
+        size = (2.3 * len(problems) + 0.6, 2.6)
+        figure, axes = plt.subplots(
+            1, len(problems), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, problem in zip(axes[0], problems, strict=True):
+            axis.axhline(1, color="black", linewidth=0.8)
+            records = [r for r in problem["candidates"] if r["shared"]]
+            for i, shared in enumerate(dict.fromkeys(r["shared"] for r in records), 1):
+                own = [r for r in records if r["shared"] == shared]
+                counts = [r["processes"] for r in own]
+                middle, low, high = zip(*(_number(r, "to_one") for r in own), strict=True)
+                style: dict[str, Any] = {"marker": _MARKERS[i], "markersize": 3.5, "linewidth": 1.2}
+                axis.plot(counts, middle, color=_LINES[i], label=f"{shared} shared", **style)
+                axis.fill_between(counts, low, high, color=_LINES[i], alpha=0.15, linewidth=0)
+            counts = sorted({r["processes"] for r in records})
+            even = [1 / count for count in counts]
+            axis.plot(counts, even, color="0.5", linestyle="--", linewidth=0.8, label="even share")
+            axis.set_xticks(counts)
+            axis.set_ylim(bottom=0)
+            axis.grid(color="0.9", linewidth=0.6)
+            axis.set_title(problem["name"], fontsize=9)
+        axes[0, 0].set_ylabel(label)
+        axes[0, 0].legend(fontsize=6, frameon=False, loc="lower left")
+        figure.supxlabel("processes", fontsize=8)
         _save(figure, path)
 
 

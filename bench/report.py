@@ -198,6 +198,23 @@ def _growth(result: Result, _: Section) -> list[str]:
     return [*lines, *_notes(result)]
 
 
+def _processes(result: Result, _: Section) -> list[str]:
+    problems = result["problems"]
+    p = problems[0]
+    ones = ", ".join(
+        f"{q['name']} {q['candidates'][0]['milliseconds']['median']:.3g}" for q in problems
+    )
+    lines = [f"{p['description']}, {p['parameters']:,} parameters, float32.", ""]
+    lines += [f"Milliseconds of one process without a group: {ones}.", ""]
+    lines += ["Time relative to it, by the number of processes; less is better:", ""]
+    lines += [*tables.by_processes(problems, tables.to_one), ""]
+    lines += ["Messages of a call, and the bytes that a process gives into them:", ""]
+    lines += [*tables.by_processes(problems, tables.sent), ""]
+    largest = max(r["relative_error"] for q in problems for r in q["candidates"])
+    lines += [f"Largest relative error against one process: {largest:.1g}, in float32.", ""]
+    return [*lines, *_notes(result)]
+
+
 def _drop_in(result: Result, _: Section) -> list[str]:
     head = (
         "Milliseconds of a call, and how many times as fast ours is: the median over rounds in which both take\n"
@@ -218,6 +235,7 @@ SECTIONS = (
     Section("memory", "Memory", body=_memory),
     Section("growth", "Growth", body=_growth),
     Section("data_growth", "Growth over data sets", body=_growth),
+    Section("processes", "Several processes", body=_processes),
     Section("estimators", "Errors of the estimators", body=_estimators),
     Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
     Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
@@ -254,6 +272,8 @@ def _draw(section: Section, result: Result, path: Path) -> None:
         plots.speedups(rows, path, label="times as fast as the faster loop over samples")
     elif section.name in ("growth", "data_growth"):
         plots.lines(result["axes"], path)
+    elif section.name == "processes":
+        plots.by_processes(problems, path, label="time relative to one process")
     elif section.name == "drop_in":
         rows = [(f"{p['name']}, {p['problem']}", tables.speed(p)) for p in problems]
         plots.speedups(rows, path, label="times as fast as torch-secorder")

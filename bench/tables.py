@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "against",
+    "by_processes",
     "drop_in_rows",
     "exponents",
     "fact",
@@ -16,9 +17,11 @@ __all__ = [
     "loops",
     "named",
     "rate",
+    "sent",
     "series",
     "speed",
     "table",
+    "to_one",
     "to_tolerance",
 ]
 
@@ -154,6 +157,32 @@ def exponents(axes: list[dict[str, Any]], kind: str) -> list[str]:
             cells.append("-" if slope is None else f"{slope:.2f}")
         lines.append(f"| {_label(name, peer)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def by_processes(problems: list[Problem], cell: Callable[[Record], str]) -> list[str]:
+    """Return a row for what is computed and what is shared, a column a number of processes."""
+    grouped = [(p, r) for p in problems for r in p["candidates"] if r["shared"]]
+    counts = sorted({r["processes"] for _, r in grouped})
+    lines = ["| | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+    rows: dict[str, dict[int, str]] = {}
+    for p, r in grouped:
+        rows.setdefault(f"{p['name']}, {r['shared']} shared", {})[r["processes"]] = cell(r)
+    for name, cells in rows.items():
+        lines.append(f"| **{name}** | " + " | ".join(cells[count] for count in counts) + " |")
+    return lines
+
+
+def to_one(record: Record) -> str:
+    """Return the time relative to one process, with its quartiles."""
+    ratio = record["to_one"]
+    return f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})"
+
+
+def sent(record: Record) -> str:
+    """Return the messages of a call and their bytes."""
+    size = record["bytes"]
+    shown = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size:,} B"
+    return f"{record['calls']}; {shown}"
 
 
 def speed(measured: Problem) -> float:

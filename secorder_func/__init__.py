@@ -40,6 +40,8 @@ from secorder_func.algorithms import (
 )
 from secorder_func.errors import (
     CheckpointError,
+    CheckpointWarning,
+    ConvergenceWarning,
     CurvatureFallbackWarning,
     NoExactRouteError,
     RankError,
@@ -81,6 +83,8 @@ __all__ = [
     "Batches",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointWarning",
+    "ConvergenceWarning",
     "CurvatureFallbackWarning",
     "CurvatureRecord",
     "CurvatureTracker",

@@ -57,7 +57,7 @@ class CurvatureCallback(Callback):  # type: ignore[misc, unused-ignore]
         }
         known = {f"curvature/{name}": x for name, x in numbers.items() if x is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(known, step=self._steps)
+            logger.log_metrics(known, step=record.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the tracker."""

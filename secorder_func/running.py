@@ -160,10 +160,10 @@ def further(steps: int) -> None:
         advance(present.done + steps)
 
 
-def look() -> None:
-    """Let who watches end what is going on, if it is asked for."""
+def look(*, shared: bool = False) -> None:
+    """Let who watches end what is going on, if it is asked for; if `shared`, where other processes learn of it."""
     present = _task.get()
-    _tell(present, lambda watcher: watcher.looked(present))
+    _tell(present, lambda watcher: watcher.looked(None if shared else present))
 
 
 def only_outermost() -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
+import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +25,16 @@ from secorder_func.checks import check_callable, check_count, check_like, check_
 from secorder_func.errors import (
     ArgumentError,
     ArgumentTypeError,
+    CheckpointWarning,
     ConvergenceWarning,
     NonFiniteError,
     message,
+    warn_user,
 )
 from secorder_func.nn import functional_loss
 from secorder_func.operators import Batches, LinearOperator, hessian_operator
+from secorder_func.operators.batch_reader import to_device
+from secorder_func.operators.value import value_and_gradient
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import LossFn, Tree
 
@@ -90,7 +97,8 @@ class CurvatureTracker:
         Steps between two records.
     budget
         Which share of the time records may take. One that would exceed it, going by what the last one took, is left
-        out. The first step is always recorded, so that the share holds from the second record on. None for no limit.
+        out. The first step is always recorded, so that the share holds from the second record on, as far as a record
+        takes no longer than the one before. None for no limit.
     path
         A file to which every record is appended as a line of JSON, at once.
     num_probes
@@ -111,9 +119,10 @@ class CurvatureTracker:
 
     Notes
     -----
-    Nothing of the training is touched: neither parameters, gradients, buffers, optimizer nor any random generator, so
-    that it is the same bit for bit. Call `step` after `optimizer.step()`, inside or outside of autocast: records are in
-    the dtype of the parameters. With gradient accumulation, call it once for each step of the optimizer.
+    Nothing of the training is touched: neither parameters, gradients, buffers, optimizer nor the random generators of
+    torch, Python and NumPy, so that it is the same bit for bit. Forward hooks of the model run when it is measured.
+    Call `step` after `optimizer.step()`, inside or outside of autocast: records are in the dtype of the parameters.
+    With gradient accumulation, call it once for each step of the optimizer.
 
     A record costs about `num_probes` forms (0.8 gradients of the data each), some ten products for each eigenvalue, and
     two gradients.
@@ -151,12 +160,12 @@ class CurvatureTracker:
         direction: Direction = None,
         seed: int = 0,
     ) -> None:
-        f, _ = functional_loss(model, loss_fn)
+        functional_loss(model, loss_fn)  # refuses what is no model, now
 
-        def params() -> Tree:
-            return functional_loss(model, loss_fn)[1]
+        def point() -> tuple[LossFn, Tree]:
+            return functional_loss(model, loss_fn)  # which parameters are free may change
 
-        self._begin(f, params, data, every, budget, path)
+        self._begin(None, point, data, every, budget, path)
         self._measure(num_probes, num_eigenvalues, direction, seed)
 
     @classmethod
@@ -182,8 +191,8 @@ class CurvatureTracker:
 
     def _begin(
         self,
-        f: LossFn,
-        params: Callable[[], Tree] | None,
+        f: LossFn | None,
+        point: Callable[[], tuple[LossFn, Tree]] | None,
         data: Any,
         every: int,
         budget: float | None,
@@ -193,22 +202,23 @@ class CurvatureTracker:
         check_count(every, where, name="every")
         if budget is not None:
             check_positive(budget, where, name="budget")
+            if not budget < 1:
+                problem = f"budget must be a share of the time below one, or None, got {budget}"
+                raise ArgumentError(message(where, problem, "0.1 is a tenth of it"))
         one = not isinstance(data, Batches)
-        if one and not isinstance(data, (tuple, list)):
-            problem = (
-                f"data must be a batch (inputs, targets), or Batches, got {type(data).__name__}"
-            )
-            raise ArgumentTypeError(message(where, problem, "Pass Batches(loader) for a loader"))
-        self._f, self._params = f, params
-        self._batch = tuple(data) if one else None
-        self._batches = (
-            Batches([tuple(data)], reduction="sum", check_weights=False) if one else data
-        )
+        several = isinstance(data, list) and all(isinstance(part, (tuple, list)) for part in data)
+        if one and (several or not isinstance(data, (tuple, list))):
+            given = "a list of batches" if several else type(data).__name__
+            problem = f"data must be a batch (inputs, targets), or Batches, got {given}"
+            raise ArgumentTypeError(message(where, problem, "Pass Batches(data)"))
+        self._f, self._model_point = f, point
+        self._batch: tuple[Any, ...] | None = tuple(data) if one else None
+        self._batches: Batches | None = None if one else data
         self._every, self._budget = every, budget
         self._path = None if path is None else Path(path).absolute()
         self.records: list[CurvatureRecord] = []
         self.skipped = 0
-        self._calls = 0
+        self._calls, self._reached = 0, -1
         self._began: float | None = None
         self._spent = self._last = 0.0
 
@@ -243,18 +253,21 @@ class CurvatureTracker:
         now = time.perf_counter()
         if self._began is None:
             self._began = now
-        number = self._calls if step is None else step
+        number = self._number(self._calls, step)
         self._calls += 1
-        if number % self._every or not self._agreed(self._affordable(now - self._began)):
+        if number // self._every <= self._reached:
             return None
-        return self._recorded(self._point(params), number)
+        self._reached = number // self._every
+        if not self._agreed(self._affordable(now - self._began)):
+            self.skipped += 1
+            return None
+        return self._recorded(*self._point(params), number)
 
     def record(self, params: Tree = None, *, step: int | None = None) -> CurvatureRecord:
         """Measure now, whatever the step and the budget; arguments as for `step`."""
         if self._began is None:
             self._began = time.perf_counter()
-        number = max(0, self._calls - 1) if step is None else step
-        return self._recorded(self._point(params), number)
+        return self._recorded(*self._point(params), self._number(max(0, self._calls - 1), step))
 
     @property
     def share(self) -> float:
@@ -263,33 +276,49 @@ class CurvatureTracker:
             return 0.0
         return self._spent / max(time.perf_counter() - self._began, 1e-9)
 
-    def _point(self, params: Tree) -> Tree:
+    def _number(self, own: int, given: Any) -> int:
+        if given is None:
+            return own
+        try:
+            return operator.index(given)
+        except TypeError:
+            problem = f"step must be a whole number, got {given!r}"
+            raise ArgumentTypeError(message("CurvatureTracker.step", problem)) from None
+
+    def _point(self, params: Tree) -> tuple[LossFn, Tree]:
+        """Return the loss and where it is measured."""
         given = params is not None
-        if given == (self._params is not None):
+        if given == (self._model_point is not None):
             problem = "the tracker knows its model" if given else "params are missing"
             mend = "Call step()" if given else "A tracker of a function needs them: step(params)"
             raise ArgumentError(message("CurvatureTracker.step", problem, mend))
-        return tree.map(Tensor.detach, params if self._params is None else self._params())
+        if self._model_point is not None:
+            f, params = self._model_point()
+        else:
+            assert self._f is not None
+            f = self._f
+        return f, tree.map(Tensor.detach, params)
 
     def _affordable(self, elapsed: float) -> bool:
         if self._budget is None or not self.records:
             return True
-        within = self._spent + self._last <= self._budget * (elapsed + self._last)
-        self.skipped += not within
-        return within
+        return self._spent + self._last <= self._budget * (elapsed + self._last)
+
+    @property
+    def _ranks(self) -> Any:
+        return None if self._batches is None else self._batches.ranks
 
     def _agreed(self, answer: bool) -> bool:
-        ranks = self._batches.ranks
-        return answer if ranks is None else bool(ranks.agree(answer))
+        return answer if self._ranks is None else bool(self._ranks.agree(answer))
 
     # ------------------------------------------------------------------------------- measuring
 
-    def _recorded(self, params: Tree, number: int) -> CurvatureRecord:
+    def _recorded(self, f: LossFn, params: Tree, number: int) -> CurvatureRecord:
         leaves = tree.flatten(params)[0]
         _synchronize(leaves)
         begun = time.perf_counter()
         with _undisturbed(leaves, self._seed):
-            found = self._measured(params)
+            found = self._measured(f, params)
         _synchronize(leaves)
         ended = time.perf_counter()
         assert self._began is not None
@@ -307,16 +336,16 @@ class CurvatureTracker:
         self._write(record)
         return record
 
-    def _measured(self, params: Tree) -> dict[str, Any]:
+    def _measured(self, f: LossFn, params: Tree) -> dict[str, Any]:
         found: dict[str, Any] = dict.fromkeys(_NUMBERS)
         found |= {"eigenvalues": [], "residuals": []}
-        loss, gradient = self._batches.loss_and_gradient(self._f, params)
+        loss, gradient = self._loss_and_gradient(f, params)
         norm = tree.norm(gradient)
         found |= {"loss": _finite(loss), "gradient_norm": _finite(norm)}
         if found["loss"] is None or found["gradient_norm"] is None:
             return {**found, "problem": "the loss or its gradient is not finite"}
         try:
-            op = self._operator(params)
+            op = self._operator(f, params)
             generator = torch.Generator().manual_seed(self._seed)
             trace = hutchinson_trace(op, self._num_probes, generator=generator)
             found |= {
@@ -327,13 +356,30 @@ class CurvatureTracker:
             if self._num_eigenvalues:
                 found |= self._searched(op, generator)
         except NonFiniteError as error:
+            self._eigenvectors = None
             found["problem"] = str(error)
         return found
 
-    def _operator(self, params: Tree) -> LinearOperator:
-        if self._batch is None:
-            return self._batches.hessian_operator(self._f, params)
-        return hessian_operator(self._f, params, *self._batch)
+    def _loss_and_gradient(self, f: LossFn, params: Tree) -> tuple[Tensor, Tree]:
+        if self._batches is not None:
+            return self._batches.loss_and_gradient(f, params)
+        leaves, unflatten = tree.flatten(params)
+        args = self._args(leaves)
+        with RandomState.now(leaves).replayed():  # the operator draws the same
+            value, gradient = value_and_gradient(f, params, args, "CurvatureTracker", gradient=True)
+        return value, unflatten(gradient)
+
+    def _operator(self, f: LossFn, params: Tree) -> LinearOperator:
+        if self._batches is not None:
+            return self._batches.hessian_operator(f, params)
+        leaves = tree.flatten(params)[0]
+        with RandomState.now(leaves).replayed():
+            return hessian_operator(f, params, *self._args(leaves))
+
+    def _args(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        assert self._batch is not None
+        devices = {leaf.device for leaf in leaves}
+        return to_device(self._batch, devices.pop() if len(devices) == 1 else None)
 
     def _form(self, op: LinearOperator, params: Tree, gradient: Tree) -> float | None:
         if self._direction is None:
@@ -365,12 +411,16 @@ class CurvatureTracker:
     # ---------------------------------------------------------------------------------- files
 
     def _write(self, record: CurvatureRecord) -> None:
-        ranks = self._batches.ranks
-        if self._path is None or (ranks is not None and ranks.rank != 0):
+        if self._path is None or (self._ranks is not None and not self._ranks.is_first):
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        except OSError as error:
+            problem = f"the record could not be written ({error})"
+            mend = "The training goes on; the records are in tracker.records"
+            warn_user(message("CurvatureTracker", problem, mend), CheckpointWarning)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[CurvatureRecord]:
@@ -393,6 +443,7 @@ class CurvatureTracker:
         elapsed = 0.0 if self._began is None else time.perf_counter() - self._began
         return {
             "calls": self._calls,
+            "reached": self._reached,
             "skipped": self.skipped,
             "spent": self._spent,
             "last": self._last,
@@ -403,14 +454,19 @@ class CurvatureTracker:
 
     def load_state_dict(self, state: dict[str, Any], params: Tree = None) -> None:
         """Go on from a state; a tracker of a function needs the parameters to know their structure."""
-        self._calls, self.skipped = state["calls"], state["skipped"]
-        self._spent, self._last = state["spent"], state["last"]
-        self._began = time.perf_counter() - state["elapsed"]
+        self._calls, self._reached = state["calls"], state["reached"]
+        self.skipped, self._spent, self._last = state["skipped"], state["spent"], state["last"]
+        self._began = time.perf_counter() - state["elapsed"] if state["calls"] else None
         self.records = [CurvatureRecord(**record) for record in state["records"]]
+        self._eigenvectors = None
         vectors: Sequence[Tensor] | None = state["eigenvectors"]
-        like = params if self._params is None else self._params()
-        if vectors is not None and like is not None:
-            self._eigenvectors = tree.flatten(like)[1](vectors)
+        like = params if self._model_point is None else self._model_point()[1]
+        if vectors is None or like is None:
+            return
+        leaves, unflatten = tree.flatten(like)
+        if len(vectors) == len(leaves):  # else other parameters are free now
+            pairs = zip(vectors, leaves, strict=True)
+            self._eigenvectors = unflatten([vector.to(leaf.device) for vector, leaf in pairs])
 
 
 _NUMBERS = ("loss", "gradient_norm", "trace", "trace_error", "form", "problem")
@@ -423,6 +479,7 @@ def _undisturbed(leaves: Sequence[Tensor], seed: int) -> Iterator[None]:
     """Compute inside as nobody else sees: with random numbers of its own, in the parameters' dtype, not watched."""
     with ExitStack() as stack:
         stack.enter_context(RandomState.seeded(seed, leaves).replayed())
+        stack.enter_context(_other_generators())
         for kind in {"cpu", *(leaf.device.type for leaf in leaves)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(running.unwatched())
@@ -449,4 +506,18 @@ def _fits(vectors: Tree, like: Tree) -> bool:
     if tree.structure(vectors) != tree.structure(like):
         return False
     pairs = zip(tree.flatten(vectors)[0], tree.flatten(like)[0], strict=True)
-    return all(v.shape[1:] == p.shape and v.dtype == p.dtype for v, p in pairs)
+    return all((v.shape[1:], v.dtype, v.device) == (p.shape, p.dtype, p.device) for v, p in pairs)
+
+
+@contextmanager
+def _other_generators() -> Iterator[None]:
+    """Put back the generators of Python and of NumPy, which a model may draw from."""
+    numpy: Any = sys.modules.get("numpy")
+    python = random.getstate()
+    arrays = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if arrays is not None:
+            numpy.random.set_state(arrays)

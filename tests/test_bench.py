@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from bench import estimators, growth, oracles, per_sample_curvature, report, sampled_peers
+from bench import (
+    data_growth,
+    estimators,
+    growth,
+    oracles,
+    per_sample_curvature,
+    processes,
+    report,
+    sampled_peers,
+)
 from bench.harness import (
     Candidate,
     UnavailableError,
@@ -305,6 +315,62 @@ def test_the_page_says_how_many_times_as_long_a_loop_takes(tiny: Problem, tmp_pa
     assert "| product | 4 |" in text
     assert "of ours in float64: 1e-15" in text
     assert (tmp_path / "per_sample_curvature.svg").exists()
+
+
+def test_the_page_says_what_processes_send(tiny: Problem, tmp_path: Path) -> None:
+    one = {"median": 1.0, "lower_quartile": 0.9, "upper_quartile": 1.1, "rounds": 3}
+    records = [
+        {
+            "name": f"{way.shared}, {way.processes}",
+            "peer": False,
+            "shared": way.shared,
+            "processes": way.processes,
+            "milliseconds": one,
+            "to_one": one,
+            "calls": 21,
+            "bytes": 126 if way.shared == "vectors" else 32_750_104,
+            "relative_error": 1e-7,
+        }
+        for way in processes.WAYS
+    ]
+    answer = _answer(tiny)
+    answer["problems"][0] |= {"name": "trace", "axis": "processes", "candidates": records}
+    write(tmp_path / "processes.json", answer)
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "| **trace, data shared** | 1.00 (0.90 to 1.10) |" in text
+    assert "| **trace, data shared** | 21; 32.8 MB |" in text
+    assert "| **trace, vectors shared** | 21; 126 B |" in text
+    assert (tmp_path / "processes.svg").exists()
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+def test_messages_and_their_bytes_are_counted(tmp_path: Path) -> None:
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        p = data_growth.Data(4, 2, 3)
+        product, trace, _ = processes.TASKS
+        op = processes.Way("vectors", 1).operator(p, True)
+        with processes.counted() as given:
+            product.call(p, op)
+        assert given.calls == 1
+        assert given.size >= 4 * p.num_parameters
+        with processes.counted() as given:
+            trace.call(p, op)
+        assert given.calls == 2
+        assert 8 * 8 < given.size < 200
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_error_against_one_process_stops_the_run() -> None:
+    one, two = processes.WAYS[0], processes.WAYS[2]
+    results = {one: [torch.ones(2)], two: [torch.tensor([1.0, 1.001])]}
+    with pytest.raises(AssertionError, match="product, data shared, processes: 2: relative error"):
+        processes._errors(results, processes.TASKS[0])
 
 
 def test_a_figure_is_the_same_for_the_same_numbers(tiny: Problem, tmp_path: Path) -> None:

@@ -207,9 +207,9 @@ def test_the_budget_is_held_from_the_second_record_on(
     tracker = CurvatureTracker.of_function(loss, (torch.ones(2),), every=5, budget=budget)
     measured = tracker._measured
 
-    def takes_three_seconds(params: Any) -> dict[str, Any]:
+    def takes_three_seconds(f: Any, params: Any) -> dict[str, Any]:
         clock.now += 3.0
-        return measured(params)
+        return measured(f, params)
 
     monkeypatch.setattr(tracker, "_measured", takes_three_seconds)
     for _ in range(400):

@@ -145,7 +145,7 @@ class _Keeper(running.Watcher):
             **settings,
             **_space(op),
         }
-        self._product = _product(op)
+        self._product: list[Tensor] = []
         self._task: running.Task | None = None
         self._passes: dict[str, int] = {}  # since the state of the task has changed
         self._state: Any = None
@@ -193,7 +193,7 @@ class _Keeper(running.Watcher):
         """Write the state; that of a pass, too, if that is where the computation is."""
         if self._task is None or self._task.state is None:
             return
-        if self._ranks is not None and self._ranks.rank != 0:
+        if self._ranks is not None and not self._ranks.is_first:
             return  # all have the same state
         within = None
         if task is not None and task is not self._task and task.state is not None:
@@ -218,6 +218,7 @@ class _Keeper(running.Watcher):
 
     def _content(self) -> dict[str, Any] | None:
         """Return what is in the file, None if there is none and one can be written."""
+        self._product = _product(self._op)
         if self._path.exists():
             return self._read()
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,10 +276,10 @@ class _Keeper(running.Watcher):
 def _agreed(ranks: Ranks, read: Callable[[], Any]) -> Any:
     """Return what the first process reads; raise everywhere what that raises."""
     content = failure = None
-    if ranks.rank == 0:
+    if ranks.is_first:
         try:
             content = read()
-        except (OSError, CheckpointError) as error:
+        except Exception as error:
             failure = error
     content, failure = ranks.agree((content, failure))
     if failure is not None:

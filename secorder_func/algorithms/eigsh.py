@@ -34,6 +34,7 @@ Which = Literal["LA", "SA", "LM"]
 
 _LOOKS_EVERY = 5
 """Steps between two looks at the residuals, which wait for the device."""
+_DRAWS = 5
 
 
 def eigsh(
@@ -140,7 +141,8 @@ def eigsh(
     tolerance = max(least_tolerance(float(rtol), t.dtype) for t in tree.flatten(op.like)[0])
     most = max(20 * k, 200) if max_matvecs is None else max_matvecs
     budget = 8 * default_memory_budget(op.device) if memory_budget is None else memory_budget
-    size = min(n, max(2 * k + 16, budget // (2 * n * work.itemsize)))
+    # No more than are made; the projected matrix is of them, too.
+    size = min(n, most + 1, max(2 * k + 16, budget // (2 * n * work.itemsize)))
     seed = op.draw_seed(generator)
     settings = {
         "seed": None if generator is None else seed,
@@ -347,10 +349,16 @@ class _Run:
 
     def _random(self) -> Tensor:
         """Return a random unit vector orthogonal to the space, which must not be the whole."""
-        row = normal(self._seed, range(self._drawn, self._drawn + 1), self._op.like)
-        self._drawn += 1
-        r: Tensor = tree.ravel(row, batch_dims=1)[0][0].to(self._V.dtype)
         V = self._V[: self.count]
+        eps = torch.finfo(V.dtype).eps
+        for _ in range(_DRAWS):
+            row = normal(self._seed, range(self._drawn, self._drawn + 1), self._op.like)
+            self._drawn += 1
+            r: Tensor = tree.ravel(row, batch_dims=1)[0][0].to(V.dtype)
+            size = torch.linalg.vector_norm(r)
+            left = r - V.T @ (V @ r)
+            if bool(torch.linalg.vector_norm(left) > 100 * eps * size):
+                break  # else it is in the space, as one that the space was begun with
         for _ in range(3):  # the complement may be small, and one pass leaves mostly rounding
             r = r - V.T @ (V @ r)
             r = r / torch.linalg.vector_norm(r)

@@ -24,7 +24,6 @@ from secorder_func.operators.forms import (
 )
 from secorder_func.operators.ranks import NoFormsError
 from secorder_func.operators.rows import RowsLike
-from secorder_func.operators.versions import Versions
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.typing import Tree
@@ -55,14 +54,10 @@ class BatchForms:
     missing: str | None = None
     largest: int | None = None
 
-    def __post_init__(self) -> None:
-        self._versions = Versions(self.leaves)
-
     def in_groups(self, draws: Draws, span: range, plan: Plan, /) -> Iterator[Part]:
         """Yield the sums of all vectors of a span at once, after one pass; nothing where there are none."""
         if self.outside or self.missing is not None or in_transform() or not len(span):
             return
-        self._versions.require_unchanged()
         each = plan.group
         first = span.start // each
 
@@ -88,9 +83,9 @@ class BatchForms:
         count = (span.stop - 1) // each - first + 1
         zeros = torch.zeros(count, dtype=torch.float64, device=self.leaves[0].device)
         try:
-            (found,) = self.sums.over(
-                f"forms of vectors {span.start} to {span.stop}", [zeros], add_forms
-            )
+            what = f"forms of vectors {span.start} to {span.stop}"
+            first_vector = partial(_drawn, draws(range(span.start, span.start + 1)))
+            (found,) = self.sums.over(what, [zeros], add_forms, vectors=first_vector)
         except NoFormsError as reason:
             self.missing = str(reason)  # products say whether it is the user's own
             return
@@ -126,6 +121,10 @@ class BatchForms:
         return BatchForms(self.sums, of_batch, leaves, self.outside)
 
 
+def _drawn(draws: Sequence[Draw | None]) -> list[Tensor]:
+    return [draw() for draw in draws if draw is not None]
+
+
 @dataclass
 class BatchRows:
     """Traces and diagonals of a sum over batches in one pass: of outer products, or entry by entry.
@@ -137,9 +136,6 @@ class BatchRows:
     kind: Kind
     like: Tree
     indices: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        self._versions = Versions(tree.flatten(self.like)[0])
 
     def cheaper(self) -> bool:
         """Say whether there is a cheaper way than one vector after another: a pass for all is."""
@@ -158,7 +154,6 @@ class BatchRows:
                 entries = [leaf.sum().to(zero) for leaf in self._entries(batch, budget)]
                 add([torch.stack(entries).sum(0, keepdim=True)])
 
-        self._versions.require_unchanged()
         return self.sums.over("the trace", [zero], add_trace)[0]
 
     def diagonals(self, budget: int | None, *, summed: bool) -> Leaves:
@@ -169,7 +164,6 @@ class BatchRows:
             found = None if rows is None else rows.diagonals(budget, summed=True)
             add(self._entries(batch, budget) if found is None else found)
 
-        self._versions.require_unchanged()
         leaves = self._leaves()
         zeros = [torch.zeros_like(t, dtype=torch.float64) for t in leaves]
         found = self.sums.over("the diagonal", zeros, add_diagonal)

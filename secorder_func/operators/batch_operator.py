@@ -14,8 +14,6 @@ from secorder_func.operators.batch_forms import BatchForms, BatchRows
 from secorder_func.operators.batch_kinds import Kind
 from secorder_func.operators.batch_sums import Add, Batch, BatchSums
 from secorder_func.operators.linear_operator import LinearOperator
-from secorder_func.operators.ranks import mark_of
-from secorder_func.operators.versions import Versions
 from secorder_func.transforms.policy import differentiated_outside, in_transform
 from secorder_func.typing import Tree
 
@@ -29,7 +27,6 @@ def operator_over(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
     leaves, unflatten = tree.flatten(params)
     like = tree.map(Tensor.detach, params)
     number = torch.promote_types(tree.common_dtype(like), torch.float32)
-    versions = Versions(leaves)
     forms = rows = None
     if not (differentiated_outside(params) or in_transform()):
         forms = BatchForms(sums, kind.forms, tuple(tree.flatten(like)[0]))
@@ -37,19 +34,16 @@ def operator_over(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
 
     def summed(what: str, vectors: Tree, axes: tuple[int, ...], add_products: AddBatch) -> Tree:
         zeros = [wide_zeros(leaf, *axes) for leaf in leaves]
-        totals = sums.over(what, zeros, add_products, mark=_mark(sums, vectors))
+        totals = sums.over(what, zeros, add_products, vectors=lambda: tree.flatten(vectors)[0])
         return unflatten([t.to(leaf.dtype) for t, leaf in zip(totals, leaves, strict=True)])
 
     def matvec(v: Tree) -> Tree:
-        versions.require_unchanged()
-
         def add_product(batch: Batch, add: Add) -> None:
             add(tree.flatten(kind.product(batch, v))[0])
 
         return summed("a product", v, (), add_product)
 
     def matmat(vectors: Tree) -> Tree:
-        versions.require_unchanged()
         count = tree.flatten(vectors)[0][0].shape[0]
         whole = differentiated_outside(vectors, params) or in_transform()
 
@@ -67,7 +61,6 @@ def operator_over(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
         return summed(f"{count} products", vectors, (count,), add_products)
 
     def quadratic(vectors: Tree) -> Tensor:
-        versions.require_unchanged()
         found = None if forms is None else forms.of(vectors)
         if found is not None:
             return found.to(number)
@@ -85,8 +78,9 @@ def operator_over(kind: Kind, sums: BatchSums, params: Tree) -> LinearOperator:
             _in_chunks(op, where, vectors, op.quadratic_forms, lambda t: [t.detach()], add)
 
         zeros = torch.zeros(count, dtype=torch.float64, device=leaves[0].device)
-        mark = _mark(sums, vectors)
-        return sums.over(f"{count} forms", [zeros], add_forms, mark=mark)[0].to(number)
+        stacks = tree.flatten(vectors)[0]
+        (total,) = sums.over(f"{count} forms", [zeros], add_forms, vectors=lambda: stacks)
+        return total.to(number)
 
     def on_first(v: Tree) -> Tree:
         batch = sums.first()
@@ -145,8 +139,3 @@ def _in_chunks(
 
 def _only(vectors: Tree) -> Tree:
     return tree.map(lambda leaf: leaf[0], vectors)
-
-
-def _mark(sums: BatchSums, vectors: Tree) -> float:
-    """Return what tells vectors apart, where several processes must have the same."""
-    return 0.0 if sums.ranks is None else mark_of(tree.flatten(vectors)[0])

@@ -14,7 +14,7 @@ from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.batch_sums import Args
 from secorder_func.rules.randomness import RandomState
 
-__all__ = ["BatchReader"]
+__all__ = ["BatchReader", "to_device"]
 
 _END = object()
 
@@ -86,11 +86,16 @@ class BatchReader:
             batch = found
         if not isinstance(batch, (tuple, list)):
             batch = (batch,)
-        if device is None:
-            return tuple(batch)
-        tensors, restore = tree.tensors_and_rest(tuple(batch))
-        moved: Args = restore([tensor.to(device, non_blocking=True) for tensor in tensors])
-        return moved
+        return to_device(tuple(batch), device)
+
+
+def to_device(args: Args, device: torch.device | None) -> Args:
+    """Return a batch with its tensors on a device, if one is given."""
+    if device is None:
+        return args
+    tensors, restore = tree.tensors_and_rest(args)
+    moved: Args = restore([tensor.to(device, non_blocking=True) for tensor in tensors])
+    return moved
 
 
 class _Stream:

@@ -14,7 +14,8 @@ from torch import Tensor
 from secorder_func import running, tree
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, CheckpointError, message
-from secorder_func.operators.ranks import Ranks
+from secorder_func.operators.ranks import Ranks, marks_of
+from secorder_func.operators.versions import Versions
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.policy import in_transform
@@ -100,7 +101,8 @@ class BatchSums:
         self._seed = int(digest(bytes(RandomState.now(()).cpu.tolist())), 16) % 2**62
         if self.ranks is not None:
             self._seed = int(self.ranks.agree(self._seed))
-            self.ranks.require_same(digest(list(self.leaves)), "the parameters")
+            self.ranks.sum("the parameters", [], marks=marks_of(self.leaves), same="the parameters")
+        self._versions = Versions(self.leaves)
         self._whole: tuple[int, float] | None = None
 
     def first(self) -> Batch | None:
@@ -123,7 +125,7 @@ class BatchSums:
         sums: Sequence[Tensor],
         of_batch: Callable[[Batch, Add], None],
         *,
-        mark: float = 0.0,
+        vectors: Callable[[], Sequence[Tensor]] = tuple,
     ) -> list[Tensor]:
         """Return the weighted sums, or means, of what each batch adds.
 
@@ -135,21 +137,18 @@ class BatchSums:
             Zeros of the shapes, dtypes and devices of the sums.
         of_batch
             Is given a batch, and a function that adds.
-        mark
-            A number that is the same in every process, if all are in the same computation.
+        vectors
+            Gives what is multiplied, or some of it: the same in every process.
         """
-        if self.ranks is None:
+        ranks = self.ranks
+        if ranks is None:
             totals, divisor = self._own(what, sums, of_batch)
         else:
-            failure: BaseException | None = None
-            number = torch.zeros((), dtype=torch.float64)
-            try:
-                totals, divisor = self._own(what, sums, of_batch)
-                number.fill_(divisor)
-            except (Exception, running.Cancelled) as error:
-                totals, failure = list(sums), error
-            *totals, number = self.ranks.sum([*totals, number], failure, mark=mark)
-            divisor = float(number)
+            none = list(sums), 0.0, [0.0]
+            (totals, divisor, marks), failure = ranks.attempt(
+                lambda: (*self._own(what, sums, of_batch), marks_of(vectors())), none
+            )
+            totals, divisor = ranks.sum(what, totals, failure, number=divisor, marks=marks)
         if not divisor:
             problem = "there is nothing to sum: no batch has samples and a weight above zero"
             mend = "Pass data with samples; they must be there whenever they are read"
@@ -162,6 +161,7 @@ class BatchSums:
         self, what: str, sums: Sequence[Tensor], of_batch: Callable[[Batch, Add], None]
     ) -> tuple[list[Tensor], float]:
         """Return the weighted sums over the batches of this process, and their weight."""
+        self._versions.require_unchanged()
         totals = list(sums)
         divisor, done = 0.0, 0
         digests: list[str] = []

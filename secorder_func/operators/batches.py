@@ -30,12 +30,10 @@ from secorder_func.operators.fisher import (
 from secorder_func.operators.linear_operator import LinearOperator
 from secorder_func.operators.outside import refuse_gradients
 from secorder_func.operators.ranks import Ranks
-from secorder_func.rules.inference import out_of_inference_mode
-from secorder_func.rules.torch_func import vjp_aux
+from secorder_func.operators.value import value_and_gradient
 from secorder_func.seeds import draw_seed
 from secorder_func.transforms.fisher import Reduction, check_likelihood, check_reduction
 from secorder_func.transforms.likelihoods import Likelihood
-from secorder_func.transforms.loss import checked_scalar, flat_loss
 from secorder_func.transforms.policy import check_mode
 from secorder_func.typing import LossFn, Mode, ModelFn, Tree
 
@@ -161,6 +159,13 @@ class Batches:
             check_callable(f, where)
             check_params(params, where)
         sums = self._sums(params, where)
+        if self._ranks is None:
+            self._check(f, params, sums, where)
+            return
+        _, failure = self._ranks.attempt(lambda: self._check(f, params, sums, where), None)
+        self._ranks.sum(where, [], failure)
+
+    def _check(self, f: LossFn | None, params: Tree, sums: BatchSums, where: str) -> None:
         seen = []
         for index, args in enumerate(self.read(sums.device)):
             seen.append(digest(tree.flatten_fully(args)[0]))
@@ -184,9 +189,8 @@ class Batches:
     def _value(
         self, f: LossFn, params: Tree, args: Args, sums: BatchSums, index: int, where: str
     ) -> float:
-        loss = flat_loss(f, params, args, {}, has_aux=False, where=where)
-        with sums.randomness(Batch(index, args, index)).replayed(), torch.no_grad():
-            return float(checked_scalar(loss.eager(), where))
+        with sums.randomness(Batch(index, args, index)).replayed():
+            return float(value_and_gradient(f, params, args, where, gradient=False)[0])
 
     def _sums(
         self,
@@ -391,20 +395,11 @@ class Batches:
         params = tree.map(Tensor.detach, params)
 
         def value_of(batch: Batch) -> Tensor:
-            loss = flat_loss(f, params, batch.args, {}, has_aux=False, where=where)
-            return checked_scalar(loss.eager(), where)
+            return value_and_gradient(f, params, batch.args, where, gradient=False)[0]
 
         def add_loss(batch: Batch, add: Add) -> None:
-            if not gradient:
-                with torch.no_grad():
-                    value = value_of(batch)
-                found: list[Tensor] = []
-            else:
-                loss = flat_loss(f, params, batch.args, {}, has_aux=False, where=where)
-                with out_of_inference_mode():
-                    value, pull, _ = vjp_aux(loss.at(forward=False, higher=False), loss.leaves)
-                    found = [g.detach() for g in pull(torch.ones_like(value))[0]]
-            add([value.detach().double(), *found])
+            value, found = value_and_gradient(f, params, batch.args, where, gradient=gradient)
+            add([value.double(), *found])
 
         sums = self._sums(params, where, value=value_of, of=f)
         leaves, _ = tree.flatten(params)

@@ -242,7 +242,7 @@ class LinearOperator:
             mode=self.mode if self.mode == other.mode else None,
             passes=self.passes or other.passes,
             witness=(self.witness or self) + (other.witness or other) if any_witness else None,
-            ranks=self.ranks or other.ranks,
+            ranks=self.ranks.around(other.ranks) if self.ranks is not None else other.ranks,
         )
 
     def __mul__(self, factor: Any) -> LinearOperator:

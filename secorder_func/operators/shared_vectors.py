@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.forms import Draw, Draws, FormsLike, Part, Plan
 from secorder_func.operators.linear_operator import LinearOperator
-from secorder_func.operators.ranks import NoFormsError, Ranks, mark_of
+from secorder_func.operators.ranks import NoFormsError, Ranks, marks_of
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.policy import in_transform
 from secorder_func.typing import Tree
@@ -37,7 +36,7 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
     LinearOperator
         All processes make the same calls and get the same results. Estimates by `K` probes take the time of `K / P` of
         `P` processes, and exchange numbers only; stacked products exchange the products. A single product is made by
-        the first process and sent to the others.
+        the first process and sent to the others. No derivative is recorded.
 
     Raises
     ------
@@ -67,55 +66,44 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
         raise ArgumentError(message(where, "it cannot be called inside of a transform"))
     ranks = Ranks(group, where)
     leaves, unflatten = tree.flatten(op.like)
-    ranks.require_same(digest([leaf.detach() for leaf in leaves]), "the parameters")
+    ranks.sum("the parameters", [], marks=marks_of(leaves), same="the parameters")
+    shared = None if op.forms is None else _SharedForms(op.forms, ranks, op.device)
 
     def matvec(v: Tree) -> Tree:
-        zeros = [torch.zeros_like(leaf) for leaf in leaves]
-        found, failure = _tried(lambda: tree.flatten(op @ v)[0], zeros, ranks.rank == 0)
-        return unflatten(ranks.sum(found, failure, mark=mark_of(tree.flatten(v)[0])))
+        def product() -> list[Tensor]:
+            return tree.flatten(op @ v)[0] if ranks.rank == 0 else _zeros(leaves)
+
+        return unflatten(_summed(ranks, "a product", leaves, product, tree.flatten(v)[0]))
 
     def matmat(vectors: Tree) -> Tree:
         stacks = tree.flatten(vectors)[0]
-        rows = _share(range(stacks[0].shape[0]), ranks)
-        own = slice(rows.start, rows.stop)
 
-        def products() -> list[Tensor]:
-            found = [torch.zeros_like(stack) for stack in stacks]
-            some = tree.map(lambda leaf: leaf[own], vectors)
-            for whole, part in zip(found, tree.flatten(op.mm(some))[0], strict=True):
-                whole[own] = part
-            return found
+        def products(rows: slice) -> list[Tensor]:
+            some: list[Tensor] = tree.flatten(op.mm(_rows(vectors, rows)))[0]
+            return some
 
-        zeros = [torch.zeros_like(stack) for stack in stacks]
-        found, failure = _tried(products, zeros, len(rows) > 0)
-        return unflatten(ranks.sum(found, failure, mark=mark_of(stacks)))
-
-    shared = None if op.forms is None else _SharedForms(op.forms, ranks, op.device)
+        what = f"products with {len(stacks[0])} vectors"
+        return unflatten(_shared(ranks, what, _zeros(stacks), products, stacks))
 
     def quadratic(vectors: Tree) -> Tensor:
+        number = torch.promote_types(op.dtype, torch.float32)
         forms = None if shared is None else shared.of(vectors)
         if forms is not None:
-            return forms.to(torch.promote_types(op.dtype, torch.float32))
+            return forms.to(number)
         stacks = tree.flatten(vectors)[0]
-        count = stacks[0].shape[0]
-        rows = _share(range(count), ranks)
-        number = torch.promote_types(op.dtype, torch.float32)
-        zeros = torch.zeros(count, dtype=number, device=op.device)
 
-        def own_forms() -> list[Tensor]:
-            some = tree.map(lambda leaf: leaf[rows.start : rows.stop], vectors)
-            found = torch.zeros_like(zeros)
+        def own_forms(rows: slice) -> list[Tensor]:
+            some = _rows(vectors, rows)
             chunks = op.chunks("auto", None, "LinearOperator.quadratic_forms")
             parts = chunks.map(
-                lambda chunk: tree.map(lambda leaf: leaf[chunk], some),
+                lambda chunk: _rows(some, chunk),
                 lambda taken, chunk: op.quadratic_forms(taken),
-                len(rows),
+                rows.stop - rows.start,
             )
-            found[rows.start : rows.stop] = torch.cat([part.detach() for part in parts]).to(found)
-            return [found]
+            return [torch.cat(list(parts))]
 
-        found, failure = _tried(own_forms, [zeros], len(rows) > 0)
-        return ranks.sum(found, failure, mark=mark_of(stacks))[0]
+        zeros = torch.zeros(len(stacks[0]), dtype=number, device=op.device)
+        return _shared(ranks, f"{len(zeros)} forms", [zeros], own_forms, stacks)[0]
 
     return replace(
         op,
@@ -124,8 +112,8 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
         quadratic=quadratic,
         forms=shared,
         passes=True,
-        witness=None,
-        ranks=ranks,
+        witness=op if op.witness is None else op.witness,
+        ranks=ranks.around(op.ranks),
     )
 
 
@@ -136,11 +124,7 @@ class _SharedForms:
     forms: FormsLike
     ranks: Ranks
     device: torch.device
-
-    @property
-    def missing(self) -> str | None:
-        """Why there are none."""
-        return self.forms.missing
+    missing: str | None = None
 
     @property
     def largest(self) -> int | None:
@@ -153,30 +137,34 @@ class _SharedForms:
 
     def in_groups(self, draws: Draws, span: range, plan: Plan, /) -> Iterator[Part]:
         """Yield the sums of all vectors of a span at once; nothing where a process has none."""
-        if in_transform() or not len(span):
+        if self.missing is not None or in_transform() or not len(span):
             return
         each = plan.group
         first, last = span.start // each, (span.stop - 1) // each + 1
-        groups = _share(range(first, last), self.ranks)
-        own = range(max(span.start, groups.start * each), min(span.stop, groups.stop * each))
-        zeros = torch.zeros(last - first, dtype=torch.float64, device=self.device)
+        edges = range(first, last + 1)
 
-        def computed() -> list[Tensor]:
-            found, start = torch.zeros_like(zeros), own.start
+        def forms(rows: slice) -> list[Tensor]:
+            own = range(
+                max(span.start, edges[rows.start] * each), min(span.stop, edges[rows.stop] * each)
+            )
+            found = torch.zeros(rows.stop - rows.start, dtype=torch.float64, device=self.device)
+            start = own.start
             for part in self.forms.in_groups(draws, own, plan):
                 places = []
                 for size in part.sizes:
-                    places.append(start // each - first)
+                    places.append(start // each - edges[rows.start])
                     start += size
                 found.index_add_(0, torch.tensor(places, device=self.device), part.sums.to(found))
             if start < own.stop:
                 raise NoFormsError(self.forms.missing or "the operator has no forms")
             return [found]
 
-        found, failure = _tried(computed, [zeros], len(own) > 0)
+        zeros = torch.zeros(last - first, dtype=torch.float64, device=self.device)
+        vector = [draw() for draw in draws(range(span.start, span.start + 1)) if draw is not None]
         try:
-            (sums,) = self.ranks.sum(found, failure)
-        except NoFormsError:
+            (sums,) = _shared(self.ranks, f"forms of {len(span)} vectors", [zeros], forms, vector)
+        except NoFormsError as reason:
+            self.missing = str(reason)  # in every process
             return
         sizes = [
             min(span.stop, (group + 1) * each) - max(span.start, group * each)
@@ -187,24 +175,20 @@ class _SharedForms:
     def of(self, vectors: Tree, /) -> Tensor | None:
         """Return the form of each of several stacked vectors, None where there are none."""
         stacks = tree.flatten(vectors)[0]
-        if self.missing is not None or not stacks[0].shape[0]:
+        if self.missing is not None or not len(stacks[0]):
             return None
-        rows = _share(range(stacks[0].shape[0]), self.ranks)
-        zeros = torch.zeros(stacks[0].shape[0], dtype=torch.float64, device=self.device)
 
-        def computed() -> list[Tensor]:
-            own = slice(rows.start, rows.stop)
-            forms = self.forms.of(tree.map(lambda leaf: leaf[own], vectors))
-            if forms is None:
+        def forms(rows: slice) -> list[Tensor]:
+            found = self.forms.of(_rows(vectors, rows))
+            if found is None:
                 raise NoFormsError(self.forms.missing or "the operator has no forms")
-            found = torch.zeros_like(zeros)
-            found[own] = forms.to(found)
             return [found]
 
-        found, failure = _tried(computed, [zeros], len(rows) > 0)
+        zeros = torch.zeros(len(stacks[0]), dtype=torch.float64, device=self.device)
         try:
-            return self.ranks.sum(found, failure, mark=mark_of(stacks))[0]
-        except NoFormsError:
+            return _shared(self.ranks, f"{len(zeros)} forms", [zeros], forms, stacks)[0]
+        except NoFormsError as reason:
+            self.missing = str(reason)
             return None
 
     def moved(
@@ -214,19 +198,47 @@ class _SharedForms:
         return _SharedForms(self.forms.moved(leaves, draws), self.ranks, self.device)
 
 
-def _share(span: range, ranks: Ranks) -> range:
-    """Return the part of a range that is this process's: like sizes, in order."""
-    edges = [span.start + len(span) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1)]
-    return range(*edges)
+def _shared(
+    ranks: Ranks,
+    what: str,
+    zeros: list[Tensor],
+    of_rows: Callable[[slice], list[Tensor]],
+    vectors: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return what all processes compute together: each some rows, of like numbers, in order."""
+    count = len(zeros[0])
+    own = slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
+
+    def rows() -> list[Tensor]:
+        found = [torch.zeros_like(zero) for zero in zeros]
+        if own.start < own.stop:
+            for whole, part in zip(found, of_rows(own), strict=True):
+                whole[own] = part.to(whole)
+        return found
+
+    return _summed(ranks, what, zeros, rows, vectors)
 
 
-def _tried(
-    compute: Callable[[], list[Tensor]], zeros: list[Tensor], takes_part: bool
-) -> tuple[list[Tensor], BaseException | None]:
-    """Return what is computed, or zeros and why it is not: nobody may be left waiting."""
-    if not takes_part:
-        return zeros, None
-    try:
-        return compute(), None
-    except (Exception, KeyboardInterrupt) as error:
-        return zeros, error
+def _summed(
+    ranks: Ranks,
+    what: str,
+    like: Sequence[Tensor],
+    compute: Callable[[], list[Tensor]],
+    vectors: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the sum over the processes of what each computes with the same vectors."""
+
+    def marked() -> tuple[list[Tensor], list[float]]:
+        return compute(), marks_of(vectors)
+
+    (found, marks), failure = ranks.attempt(marked, (_zeros(like), [0.0]))
+    sums, _ = ranks.sum(what, found, failure, marks=marks)
+    return sums
+
+
+def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(tensor) for tensor in like]
+
+
+def _rows(vectors: Tree, rows: slice) -> Tree:
+    return tree.map(lambda leaf: leaf[rows], vectors)

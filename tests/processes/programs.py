@@ -25,6 +25,7 @@ from secorder_func import (
     Batches,
     Checkpoint,
     CurvatureTracker,
+    LinearOperator,
     cg,
     eigsh,
     exact_diagonal,
@@ -35,6 +36,7 @@ from secorder_func import (
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
+    interruptible,
     likelihoods,
     share_vectors,
     spectral_density,
@@ -139,7 +141,20 @@ def everything(folder: Path) -> dict[str, Tensor]:
         generator=torch.Generator().manual_seed(4),
     )
     found["drawn fisher"] = drawn.dense()
+    complex_params = torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128)
+
+    def of_complex(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return (p * x[:, :2]).abs().pow(4).mean()
+
+    value, gradient = shared.loss_and_gradient(of_complex, complex_params)
+    op = shared.hessian_operator(of_complex, complex_params)
+    found |= {"complex loss": value, "complex gradient": gradient, "complex": op @ complex_params}
     if several:
+        halves = tree.map(lambda p: p.bfloat16(), params)
+        alike = share_vectors(LinearOperator(lambda v: tree.scale(2.0, v), halves))
+        for seed in range(20):  # the same vectors are never taken for others
+            v = tree.random_like(halves, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal((alike @ v)["0.bias"], 2 * v["0.bias"])
         wrapped = DistributedDataParallel(model)
         g, inside = functional_loss(wrapped, F.cross_entropy)
         op = Batches(own, group=group).hessian_operator(g, inside)
@@ -166,7 +181,16 @@ def both_plans(folder: Path) -> dict[str, Tensor]:
         op = share_vectors(
             Batches(own, group=data).hessian_operator(f, params), mesh.get_group("vectors")
         )
-    return numbers(op, params)
+    found = numbers(op, params)
+    torch.manual_seed(rank())
+    for name, function in (("trace", hutchinson_trace), ("diagonal", hutchinson_diagonal)):
+        found[f"unseeded {name}"] = tree.ravel(function(op, 4).value)[0]
+    path = folder / ("four.pt" if dist.is_initialized() else "one.pt")
+    kept = hutchinson_trace(
+        op, 6, generator=torch.Generator().manual_seed(5), checkpoint=Checkpoint(path, minutes=0)
+    )
+    found["kept"] = kept.value
+    return found
 
 
 @_program
@@ -198,6 +222,7 @@ def failures(folder: Path) -> dict[str, Tensor]:
     other = tree.map(lambda p: p * (1 + rank()) + rank(), params)
     caught("vectors", lambda: vectors @ other)
     caught("data", lambda: shared.hessian_operator(f, params) @ other)
+    op_of_all = shared.hessian_operator(f, params)
     moved = tree.map(lambda p: p + rank(), params)
     caught("parameters", lambda: shared.hessian_operator(f, moved))
     weights = Batches(
@@ -207,14 +232,76 @@ def failures(folder: Path) -> dict[str, Tensor]:
     caught("nothing", lambda: Batches([], group=True).loss(f, params))
     caught("group", lambda: Batches(own, group="all"))
 
+    caught("scaled", lambda: op_of_all @ tree.map(lambda p: p * (1 + 0.01 * rank()), params))
+    caught("turned", lambda: op_of_all @ tree.map(lambda p: p.flip(0) if rank() else p, params))
+    caught("number of probes", lambda: hutchinson_trace(op_of_all, 4 + rank()))
+    with_graph = tree.map(lambda p: p.clone().requires_grad_(), params)
+    caught("gradients", lambda: shared.hessian_operator(f, with_graph) @ params)
+    caught("mapped", lambda: torch.func.vmap(lambda v: op_of_all @ v)(op_of_all.basis(slice(0, 2))))
+
+    def too_large(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        if rank() == 1:
+            raise torch.OutOfMemoryError("mine")
+        return f(p, x, y)
+
+    full = shared.hessian_operator(too_large, params, mode="double_backward")
+    caught("memory", lambda: full.mm(full.basis(slice(0, 4))))
+    moving = tree.map(torch.clone, params)
+    changed = shared.hessian_operator(f, moving)
+    if rank() == 1:
+        moving["0.bias"].add_(1)
+    caught("changed", lambda: changed @ params)
+    caught("check", lambda: Batches(Noisy(rank() == 1), group=True).check())
+
+    class Loader:
+        def __iter__(self) -> Any:
+            if rank() == 1:
+                raise OSError("no disk")
+            return iter(own)
+
+    broken = Batches(Loader(), group=True, check_weights=False)
+    caught("loader", lambda: broken.loss(f, params))
+
     def unpropagated(p: Any, x: Tensor, y: Tensor) -> Tensor:
         value = f(p, x, y)
         return Hidden.apply(value) if rank() == 1 else value
 
     op = shared.hessian_operator(unpropagated, params)
     trace = hutchinson_trace(op, 6, generator=torch.Generator().manual_seed(0))
+    alike = lambda p, x, y: Hidden.apply(f(p, x, y))  # noqa: E731
+    hidden = share_vectors(hessian_operator(alike, params, *parts[0]))
+    ones = hidden.basis(slice(0, 3))
+    forms = [hidden.quadratic_forms(tree.map(lambda t: t[:1], ones)) for _ in range(3)]
+    forms.append(hidden.quadratic_forms(ones))
+
+    def cancelled() -> None:
+        with interruptible() as stop:
+            if rank() == 1:
+                stop()
+            hutchinson_trace(vectors, 50)
+
+    try:
+        cancelled()
+    except KeyboardInterrupt as error:
+        texts["cancelled"] = str(error)
     (folder / f"failures-{rank()}.txt").write_text(repr(texts))
-    return {"trace": trace.value, "by propagation": torch.tensor(trace.by_propagation)}
+    return {
+        "trace": trace.value,
+        "by propagation": torch.tensor(trace.by_propagation),
+        "forms": torch.cat(forms),
+        "exact forms": tree.batched_dot(ones, hessian_operator(f, params, *parts[0]).mm(ones)),
+    }
+
+
+class Noisy:
+    """Data that change whenever they are read, if so."""
+
+    def __init__(self, changes: bool) -> None:
+        self.changes, self.reads = changes, 0
+
+    def __iter__(self) -> Any:
+        self.reads += 1
+        return iter([torch.ones(2) * (self.reads if self.changes else 1)])
 
 
 class Hidden(torch.autograd.Function):

@@ -131,15 +131,32 @@ def test_all_learn_what_happened_to_one(tmp_path: Path) -> None:
                 assert text[name].startswith("RankError")
                 assert "rank 1 failed with ZeroDivisionError: mine" in text[name]
         for name in ("vectors", "data"):
-            assert "multiply different vectors" in text[name]
-        assert "the parameters of rank 1 are not those of rank 0" in text["parameters"]
+            assert "vectors differ between the processes" in text[name]
+        assert "the parameters differ between the processes" in text["parameters"]
         assert ("from 0 on, got -1" in text["weight"]) or rank != 1
         assert "ArgumentError" in text["weight"]
         assert "nothing to sum" in text["nothing"]
         assert "must be a process group or True, got 'all'" in text["group"]
+        for name in ("scaled", "turned", "number of probes"):
+            assert text[name].startswith("RankError"), name
+        assert "no derivative" in text["gradients"]
+        assert "neither mapped nor differentiated" in text["mapped"]
+        if rank != 1:
+            assert "rank 1 failed with OutOfMemoryError: mine" in text["memory"]
+            assert "rank 1 failed with RuntimeError" in text["changed"]
+            assert "rank 1 failed with RuntimeError" in text["check"]
+            assert "rank 1 failed with OSError: no disk" in text["loader"]
+        else:
+            assert "this process is out of memory" in text["memory"]
+            assert "changed in place" in text["changed"]
+            assert "another one when the data are read again" in text["check"]
+            assert text["loader"] == "OSError: no disk"
+        assert "cancelled" in text["cancelled"]
     # One process alone cannot propagate: then none does.
     assert not any(bool(one["by propagation"]) for one in found)
     assert torch.equal(found[0]["trace"], found[2]["trace"])
+    forms, exact = found[0]["forms"], found[0]["exact forms"]
+    assert relative_error(forms, torch.cat([exact[:1]] * 3 + [exact])) < 1e-10
 
 
 def test_a_killed_process_is_named_inside_of_the_timeout(tmp_path: Path) -> None:
