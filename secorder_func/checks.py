@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_params",
     "check_positive",
     "check_tolerance",
+    "refuse_sharded",
 ]
 
 
@@ -93,6 +95,23 @@ def check_params(params: Tree, /, where: str, *, name: str = "params") -> None:
                     "Pass what is not differentiated as a further argument of the function",
                 )
             )
+
+
+def refuse_sharded(params: Tree, where: str, *, name: str = "params") -> None:
+    """Refuse DTensors: single products multiply them as they are, sums and probes of several processes do not."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return
+    for index, leaf in enumerate(tree.flatten(params)[0]):
+        if isinstance(leaf, module.DTensor):
+            problem = (
+                f"a leaf of {name} is a DTensor, sharded over processes. At {_place(params, index)}"
+            )
+            mend = (
+                "Products take it (hvp, ggnvp, op @ v, inside implicit_replication()); for anything else gather it, "
+                "leaf.full_tensor()"
+            )
+            raise ArgumentTypeError(message(where, problem, mend))
 
 
 def check_like(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
-from secorder_func.checks import check_callable, check_params
+from secorder_func.checks import check_callable, check_params, refuse_sharded
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, message
 from secorder_func.operators.batch_kinds import GaussNewton, Hessian, Other, pair
@@ -206,6 +206,7 @@ class Batches:
         With `weight` they are divided by it, not multiplied. With `value`, the loss `of` a batch, weights are checked
         in the first pass, once for a loss.
         """
+        refuse_sharded(params, where)
         leaves = tuple(tree.flatten(params)[0])
         weights = self._weights
         sums = BatchSums(

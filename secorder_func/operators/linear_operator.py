@@ -16,6 +16,7 @@ from secorder_func.checks import (
     check_like,
     check_number,
     check_params,
+    refuse_sharded,
 )
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.blocks import Selection, block_diagonal_of, block_of
@@ -425,6 +426,7 @@ def check_real_operator(op: Any, where: str, *, per_sample: bool = False) -> Non
             )
         )
     op.require_real(where)
+    refuse_sharded(op.like, where, name="the operator's space")
 
 
 def check_symmetric(op: LinearOperator, where: str, mend: str = "") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.checks import refuse_sharded
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.forms import Draw, Draws, FormsLike, Part, Plan
 from secorder_func.operators.linear_operator import LinearOperator
@@ -64,6 +65,7 @@ def share_vectors(op: LinearOperator, group: Any = True) -> LinearOperator:
         raise ArgumentTypeError(message(where, problem))
     if in_transform():
         raise ArgumentError(message(where, "it cannot be called inside of a transform"))
+    refuse_sharded(op.like, where, name="the operator's space")
     ranks = Ranks(group, where)
     leaves, unflatten = tree.flatten(op.like)
     ranks.sum("the parameters", [], marks=marks_of(leaves), same="the parameters")

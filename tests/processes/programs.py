@@ -32,10 +32,12 @@ from secorder_func import (
     exact_trace,
     functional_loss,
     functional_model,
+    ggnvp,
     hessian_operator,
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
+    hvp,
     interruptible,
     likelihoods,
     share_vectors,
@@ -314,6 +316,63 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+@_program
+def sharded(folder: Path) -> dict[str, Tensor]:
+    """Products with parameters that are shards, DTensors; what does not take them says so."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).double()
+
+    params, v = {"w": draw(6, 4), "b": draw(6)}, {"w": draw(6, 4), "b": draw(6)}
+    x, y = draw(8, 4), draw(8, 6)
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        return (x @ p["w"].T + p["b"]).tanh()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs - y).square().mean()
+
+    def f(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        return loss(model(p, x), y)
+
+    if not dist.is_initialized():
+        product = hvp(f)(params, v, x, y)
+        op = hessian_operator(f, params, x, y) @ v
+        ggn = ggnvp(model, loss)(params, v, x, y)
+    else:
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        params, v = (
+            tree.map(lambda t: distribute_tensor(t, mesh, [Shard(0)]), given)
+            for given in (params, v)
+        )
+        with implicit_replication():
+            product = hvp(f)(params, v, x, y)
+            whole = hessian_operator(f, params, x, y)
+            op, ggn = whole @ v, ggnvp(model, loss)(params, v, x, y)
+        assert all(isinstance(t, type(v["w"])) for t in product.values())
+        product, op, ggn = (
+            tree.map(lambda t: t.full_tensor(), given) for given in (product, op, ggn)
+        )
+        texts = []
+        for call in (
+            lambda: hutchinson_trace(whole, 4),
+            lambda: eigsh(whole, 1),
+            lambda: cg(whole, v),
+            lambda: Batches([(x, y)]).hessian_operator(f, params),
+            lambda: share_vectors(whole),
+        ):
+            try:
+                call()
+            except TypeError as error:  # noqa: PERF203
+                texts.append(str(error))
+        (folder / f"sharded-{rank()}.txt").write_text(repr(texts))
+    return {name: tree.ravel(t)[0] for name, t in (("hvp", product), ("op", op), ("ggn", ggn))}
 
 
 @_program

@@ -115,6 +115,13 @@ def test_a_training_of_several_is_tracked_and_not_changed(tmp_path: Path) -> Non
     assert len(lines) == 3  # the first process alone writes
 
 
+def test_products_take_sharded_parameters_and_the_rest_refuses_them(tmp_path: Path) -> None:
+    assert_equal(results("sharded", 2, tmp_path), programs.sharded(tmp_path), set())
+    texts = ast.literal_eval((tmp_path / "sharded-0.txt").read_text())
+    assert len(texts) == 5
+    assert all("is a DTensor" in text and "full_tensor()" in text for text in texts)
+
+
 # ------------------------------------------------------------------------------- failures
 
 
