@@ -11,12 +11,11 @@ from pathlib import Path
 
 from secorder_func import __version__
 from secorder_func.errors import MissingExtraError
+from secorder_func.report import INTERRUPTED
 
 __all__ = ["main"]
 
 DEFAULT_COMMAND = "demo"
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,11 +6,15 @@ from importlib import import_module
 
 from secorder_func.errors import MissingExtraError
 
-__all__ = ["require_extra"]
+__all__ = ["INTERRUPTED", "require_extra"]
+
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended."""
 
 _PACKAGES = {
     "rich": "rich",
     "matplotlib": "matplotlib",
+    "jinja2": "Jinja2",
     "sklearn": "scikit-learn",
     "scipy": "SciPy",
 }

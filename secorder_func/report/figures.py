@@ -14,11 +14,11 @@ from torch import Tensor
 
 from secorder_func.report.digits import SIDE
 from secorder_func.report.measurements import Spectrum, TraceConvergence
+from secorder_func.report.palette import BLUE, ORANGE, VERMILLION
+from secorder_func.report.spectrum_plots import draw_eigenvalues
 from secorder_func.report.tables import DigitRow
 
 __all__ = ["Picture", "draw"]
-
-BLUE, ORANGE, GREY, RED = "#3b6ea5", "#d1812b", "#6b6b6b", "#b3261e"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,9 @@ def _digits(figure: SubFigure, title: str, rows: Sequence[DigitRow], picture: Pi
         axes.spines[:].set_color("#cccccc")
         wrong = row.prediction != row.label
         read = f"a {row.label} read as {row.prediction}" if wrong else f"a {row.label}"
-        axes.set_title(f"{read}, loss {row.loss:.2g}", fontsize=9, color=RED if wrong else "black")
+        axes.set_title(
+            f"{read}, loss {row.loss:.2g}", fontsize=9, color=VERMILLION if wrong else "black"
+        )
         axes.set_xlabel(f"trace {row.exact:.3g}", fontsize=9.5)
 
 
@@ -91,13 +93,9 @@ def _trace(axes: Axes, trace: TraceConvergence) -> None:
 
 
 def _spectrum(axes: Axes, spectrum: Spectrum) -> None:
-    values = [pair.value for pair in spectrum.largest] + [spectrum.smallest.value]
-    names = [str(rank + 1) for rank in range(len(spectrum.largest))] + ["smallest"]
-    colors = [BLUE if value >= 0 else RED for value in values]
-    bars = axes.bar(names, values, color=colors, width=0.65)
-    axes.bar_label(bars, [f"{value:.2g}" for value in values], fontsize=9, padding=2)
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.margins(y=0.12)
+    pairs = [*spectrum.largest, spectrum.smallest]
+    names = [*(str(rank + 1) for rank in range(len(spectrum.largest))), "smallest"]
+    draw_eigenvalues(axes, names, [pair.value for pair in pairs], [pair.residual for pair in pairs])
     _label(axes, "The ends of the spectrum, by SciPy", "eigenvalue of the Hessian", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "SampleTraces",
     "exact_sample_traces",
     "rank",
+    "ranked",
     "sample_traces",
     "trace_by_double_backward",
 ]
@@ -91,9 +93,14 @@ def exact_sample_traces(problem: Problem, rows: Tensor) -> Tensor:
 
 def rank(problem: Problem, estimates: Tensor, *, num_shown: int) -> Ranking:
     """Rank samples by exact traces, computed for the twice `num_shown` that stand out at either end."""
-    order = estimates.argsort(descending=True)
+    return ranked(partial(exact_sample_traces, problem), estimates, num_shown=num_shown)
+
+
+def ranked(again: Callable[[Tensor], Tensor], estimates: Tensor, *, num_shown: int) -> Ranking:
+    """Rank samples by `again(rows)`, their traces measured better, for the twice `num_shown` that stand out."""
+    order = estimates.argsort(descending=True, stable=True)
     high, low = order[: 2 * num_shown], order[-2 * num_shown :]
-    traces = exact_sample_traces(problem, torch.cat([high, low]))
+    traces = again(torch.cat([high, low]))
     high_traces, low_traces = traces[: len(high)], traces[len(high) :]
     most = high_traces.argsort(descending=True)[:num_shown]
     least = low_traces.argsort()[:num_shown]

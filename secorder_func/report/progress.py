@@ -25,11 +25,11 @@ def make_console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A folder's name or a sign that the encoding lacks is no reason to stop half-way.
         sys.stdout.reconfigure(errors="replace")
-    # Without markup: a path may have brackets in it.
-    console = Console(highlight=False, markup=False)
+    # Without markup and emoji: a path may have brackets in it, and module:one: is no picture of a one.
+    console = Console(highlight=False, markup=False, emoji=False)
     if console.file.isatty():
         return console
-    return Console(highlight=False, markup=False, width=LOG_WIDTH)
+    return Console(highlight=False, markup=False, emoji=False, width=LOG_WIDTH)
 
 
 class Stages:
@@ -45,10 +45,13 @@ class Stages:
         return time.perf_counter() - self._start
 
     @contextmanager
-    def stage(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        """Show a stage of `total` steps (None: nobody knows) and yield what counts them."""
+    def stage(self, label: str, total: int | None = None, *, bar: bool = True) -> Iterator[Advance]:
+        """Show a stage of `total` steps (None: nobody knows) and yield what counts them.
+
+        Without a bar of its own, where `secorder_func.progress` shows what is computed inside.
+        """
         start = time.perf_counter()
-        bar = Progress(
+        shown = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -56,9 +59,9 @@ class Stages:
             console=self._console,
             transient=True,
             # A log would keep every refresh. Not is_terminal, which FORCE_COLOR makes true.
-            disable=not self._console.file.isatty(),
+            disable=not (bar and self._console.file.isatty()),
         )
-        with bar:
-            task = bar.add_task(label, total=total)
-            yield lambda steps: bar.advance(task, steps)
+        with shown:
+            task = shown.add_task(label, total=total)
+            yield lambda steps: shown.advance(task, steps)
         self._console.print(f"  {label:<48}{time.perf_counter() - start:6.1f} s")

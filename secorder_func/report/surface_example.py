@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from secorder_func import functional_loss, loss_surface, random_direction
+from secorder_func import functional_loss, random_direction
 from secorder_func.report import digits
+from secorder_func.report.slices import surface_around
 from secorder_func.report.surfaces import plot_loss_surface
 
 __all__ = ["draw"]
@@ -25,14 +26,14 @@ def draw(path: Path) -> None:
     digits.train(model, data, num_steps=150, advance=lambda steps: None)
     f, params = functional_loss(model, F.cross_entropy)
     directions = [random_direction(params, generator=generator) for _ in range(2)]
-    line = torch.linspace(-1, 1, 41)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
-    losses = loss_surface(f)(params, directions, grid, data.train_inputs, data.train_labels)
+    surface = surface_around(
+        f, params, directions, data.train_inputs, data.train_labels, num_points=41
+    )
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     flat, solid = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2, projection="3d")
-    plot_loss_surface((grid, losses), log=True, axes=flat)
-    plot_loss_surface((grid, losses), log=True, kind="3d", axes=solid)
+    plot_loss_surface(surface, log=True, axes=flat)
+    plot_loss_surface(surface, log=True, kind="3d", axes=solid)
     options: Any = {"optimize": True}
     figure.savefig(path, dpi=90, pil_kwargs=options)
 

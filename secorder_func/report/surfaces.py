@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secorder_func.errors import ArgumentError, ArgumentTypeError, MissingExtraError, message
+from secorder_func.report.palette import BLUE, GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_loss_surface"]
 
 Kind = Literal["contour", "3d"]
-_BLUE, _GREY = "#3b6ea5", "#6b6b6b"
 _WHERE = "plot_loss_surface"
 
 
@@ -157,9 +157,9 @@ def _new_axes(solid: bool) -> Axes:
 
 def _curve(axes: Axes, shown: _Shown, log: bool) -> None:
     alphas, losses = shown.alphas.numpy(), shown.losses.numpy()
-    axes.plot(alphas, losses, color=_BLUE, linewidth=1.8)
+    axes.plot(alphas, losses, color=BLUE, linewidth=1.8)
     if _holds_zero(shown.alphas):
-        axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
+        axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("alpha")

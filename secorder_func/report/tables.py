@@ -1,4 +1,4 @@
-"""The tables of the demonstration: a value, what it was checked against, and whether the check holds."""
+"""The tables on the terminal: of the demonstration, with whether each check holds, and of reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["DigitRow", "Row", "digit_table", "result_table"]
+from secorder_func.report.finding import Number
+from secorder_func.report.finding import Table as Listed
+
+__all__ = ["DigitRow", "Row", "digit_table", "listed_table", "number_table", "result_table"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,7 @@ def result_table(rows: Sequence[Row]) -> Table:
 
 def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
     """Return a table of digits in the order given."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = _titled(title)
     for heading in (
         "digit",
         "label",
@@ -93,3 +89,36 @@ def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
             f"{row.estimate:.4g} ± {row.standard_error:.2g}",
         )
     return table
+
+
+def number_table(numbers: Sequence[Number]) -> Table:
+    """Return the table of the key numbers of a report."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("what", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("the error is", overflow="fold")
+    for number in numbers:
+        table.add_row(Text(number.label), Text(str(number)), Text(number.meaning))
+    return table
+
+
+def listed_table(listed: Listed) -> Table:
+    """Return a table of a report."""
+    table = _titled(listed.title)
+    for column, heading in enumerate(listed.head):
+        table.add_column(heading, justify="right" if column else "left", overflow="fold")
+    for row in listed.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _titled(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        min_width=len(title),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )

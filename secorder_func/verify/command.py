@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +11,12 @@ from torch import nn
 
 from secorder_func.nn import functional_loss
 from secorder_func.typing import LossFn, Tree
-from secorder_func.verify._evidence import quoted
 from secorder_func.verify._verify import verify
+from secorder_func.verify.target import TargetError, call_target, current_folder_importable
 
-__all__ = ["TargetError", "UserProblem", "load", "run", "verify_and_print"]
+__all__ = ["UserProblem", "load", "run", "verify_and_print"]
 
 _RETURNS = "(f, params, *args) or (model, loss_fn, inputs, targets)"
-
-
-class TargetError(Exception):
-    """The user's problem cannot be had; the message says why, and what to do."""
 
 
 class UserProblem(NamedTuple):
@@ -38,7 +29,7 @@ class UserProblem(NamedTuple):
 
 def run(target: str, *, seed: int, rtol: float | None) -> int:
     """Verify the problem that a user's function returns; return 0 if all is well, 1 if not, 2 if it cannot be had."""
-    with _current_folder_importable():
+    with current_folder_importable():
         try:
             torch.manual_seed(seed)
             problem = load(target)
@@ -63,56 +54,8 @@ def verify_and_print(title: str, problem: UserProblem, *, seed: int, rtol: float
 
 
 def load(target: str) -> UserProblem:
-    """Call `package.module:function` and read what it returns.
-
-    Raises
-    ------
-    TargetError
-        There is no such module or function, it raises, or it returns something else.
-    """
-    module, colon, name = target.partition(":")
-    if not (colon and module and name):
-        raise TargetError("expected package.module:function, with one colon")
-    if module.endswith(".py") or "/" in module or "\\" in module:
-        plain = Path(module.replace("\\", "/")).stem
-        raise TargetError(
-            f"expected a module, not a file. Write {plain}:{name}, in the file's folder"
-        )
-    return _read(_call(_attribute(_module(module), name), target))
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name != missing and not name.startswith(f"{missing}."):
-            raise TargetError(f"importing {name} raises {quoted(error)}") from error
-        raise TargetError(
-            f"there is no module {missing}. Run the command in the folder that has it, "
-            "or install its package"
-        ) from error
-    except Exception as error:  # whatever the user's module does when it is imported
-        raise TargetError(f"importing {name} raises {quoted(error)}") from error
-
-
-def _attribute(module: Any, name: str) -> Any:
-    functions = [key for key, value in vars(module).items() if callable(value)]
-    if name not in vars(module):
-        close = difflib.get_close_matches(name, functions, n=1)
-        mend = f" Did you mean {close[0]}?" if close else ""
-        raise TargetError(f"{module.__name__} has no function {name}.{mend}")
-    if name not in functions:
-        given = type(vars(module)[name]).__name__
-        raise TargetError(f"{name} must be a function without arguments, got {given}")
-    return vars(module)[name]
-
-
-def _call(function: Any, target: str) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        raise TargetError(f"the function raises {quoted(error)}") from error
+    """Call `package.module:function` and read what it returns; raise `TargetError` where that cannot be."""
+    return _read(call_target(target))
 
 
 def _read(returned: Any) -> UserProblem:
@@ -137,17 +80,3 @@ def _read(returned: Any) -> UserProblem:
     except (TypeError, ValueError) as error:
         raise TargetError(str(error)) from error
     return UserProblem(f, params, (inputs, targets))
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """Let modules of the current folder be imported, as `python -m` does and an installed command does not."""
-    folder = str(Path.cwd())
-    if folder in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
