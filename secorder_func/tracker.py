@@ -131,7 +131,7 @@ class CurvatureTracker:
     --------
     >>> import torch
     >>> from secorder_func import CurvatureTracker
-    >>> model = torch.nn.Linear(2, 1)
+    >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x, y = torch.eye(2), torch.zeros(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> tracker = CurvatureTracker(model, torch.nn.functional.mse_loss, (x, y), every=10, budget=None)
@@ -143,7 +143,7 @@ class CurvatureTracker:
     >>> [record.step for record in tracker.records]
     [0, 10, 20]
     >>> [round(record.trace, 4) for record in tracker.records]
-    [4.0, 4.0, 4.0]
+    [2.0, 2.0, 2.0]
     """
 
     def __init__(

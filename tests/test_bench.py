@@ -356,12 +356,12 @@ def test_messages_and_their_bytes_are_counted(tmp_path: Path) -> None:
         op = processes.Way("vectors", 1).operator(p, True)
         with processes.counted() as given:
             product.call(p, op)
-        assert given.calls == 1
-        assert given.size >= 4 * p.num_parameters
+        assert given.calls == 2  # a few numbers, then the product
+        assert 4 * p.num_parameters <= given.size <= 4 * p.num_parameters + 200
         with processes.counted() as given:
             trace.call(p, op)
-        assert given.calls == 2
-        assert 8 * 8 < given.size < 200
+        assert given.calls == 3  # a seed, a few numbers, and the forms
+        assert 8 * 8 < given.size < 400
     finally:
         dist.destroy_process_group()
 
