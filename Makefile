@@ -12,7 +12,7 @@ TESTED := --doctest-modules --nbmake tests secorder_func README.md docs notebook
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test test-full test-torch coverage-table proven lint format docs serve notebooks bench bench-quick clean
+.PHONY: help venv demo test test-full test-torch coverage-table proven lint format docs serve notebooks bench bench-quick pictures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ notebooks: $(VENV)/.dev ## run every notebook and store its outputs
 
 bench: $(VENV)/.bench ## measure against the gradient and the other packages
 	@$(BIN)/python -m bench
+	@$(BIN)/python docs/ratios.py
+
+pictures: $(VENV)/.report ## draw the picture of the README
+	@$(BIN)/python docs/pictures.py
 
 bench-quick: $(VENV)/.bench ## the same on small problems, to see that it runs
 	@$(BIN)/python -m bench --quick
