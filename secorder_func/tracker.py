@@ -34,6 +34,7 @@ from secorder_func.errors import (
 from secorder_func.nn import functional_loss
 from secorder_func.operators import Batches, LinearOperator, hessian_operator
 from secorder_func.operators.batch_reader import to_device
+from secorder_func.operators.ranks import Ranks, agreed
 from secorder_func.operators.value import value_and_gradient
 from secorder_func.rules.randomness import RandomState
 from secorder_func.typing import LossFn, Tree
@@ -258,7 +259,7 @@ class CurvatureTracker:
         if number // self._every <= self._reached:
             return None
         self._reached = number // self._every
-        if not self._agreed(self._affordable(now - self._began)):
+        if not agreed(self._ranks, self._affordable(now - self._began)):
             self.skipped += 1
             return None
         return self._recorded(*self._point(params), number)
@@ -305,11 +306,8 @@ class CurvatureTracker:
         return self._spent + self._last <= self._budget * (elapsed + self._last)
 
     @property
-    def _ranks(self) -> Any:
+    def _ranks(self) -> Ranks | None:
         return None if self._batches is None else self._batches.ranks
-
-    def _agreed(self, answer: bool) -> bool:
-        return answer if self._ranks is None else bool(self._ranks.agree(answer))
 
     # ------------------------------------------------------------------------------- measuring
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from secorder_func import running, tree
 from secorder_func.digest import digest
 from secorder_func.errors import ArgumentError, CheckpointError, message
-from secorder_func.operators.ranks import Ranks, marks_of
+from secorder_func.operators.ranks import Ranks, agreed, marks_of
 from secorder_func.operators.versions import Versions
 from secorder_func.rules.randomness import RandomState
 from secorder_func.transforms.loss import Leaves
@@ -98,9 +98,9 @@ class BatchSums:
         devices = {leaf.device for leaf in self.leaves}
         self.device = devices.pop() if len(devices) == 1 else None
         # From the state of the global generator, without drawing, which vmap does not allow.
-        self._seed = int(digest(bytes(RandomState.now(()).cpu.tolist())), 16) % 2**62
+        own = int(digest(bytes(RandomState.now(()).cpu.tolist())), 16) % 2**62
+        self._seed = agreed(self.ranks, own)
         if self.ranks is not None:
-            self._seed = int(self.ranks.agree(self._seed))
             self.ranks.sum("the parameters", [], marks=marks_of(self.leaves), same="the parameters")
         self._versions = Versions(self.leaves)
         self._whole: tuple[int, float] | None = None

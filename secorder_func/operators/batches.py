@@ -29,7 +29,7 @@ from secorder_func.operators.fisher import (
 )
 from secorder_func.operators.linear_operator import LinearOperator
 from secorder_func.operators.outside import refuse_gradients
-from secorder_func.operators.ranks import Ranks
+from secorder_func.operators.ranks import Ranks, agreed
 from secorder_func.operators.value import value_and_gradient
 from secorder_func.seeds import draw_seed
 from secorder_func.transforms.fisher import Reduction, check_likelihood, check_reduction
@@ -232,9 +232,6 @@ class Batches:
         with suppress(TypeError):
             self._checked.add(of)
 
-    def _agreed(self, seed: int) -> int:
-        return seed if self._ranks is None else int(self._ranks.agree(seed))
-
     # ---------------------------------------------------------------------------- operators
 
     def hessian_operator(
@@ -242,9 +239,7 @@ class Batches:
     ) -> LinearOperator:
         """Return the Hessian of the loss of all data, `f(params, *batch)` of a batch; else as `hessian_operator`."""
         where = "Batches.hessian_operator"
-        check_callable(f, where)
-        check_params(params, where)
-        check_mode(mode, where)
+        _check_arguments(where, params, mode, f=f)
         kind = Hessian(f, params, mode, check_finite)
         sums = self._sums(params, where, value=kind.value, of=f)
         return operator_over(kind, sums, params)
@@ -263,10 +258,7 @@ class Batches:
         Batches are `(inputs, targets)`.
         """
         where = "Batches.ggn_operator"
-        check_callable(model_fn, where, name="model_fn")
-        check_callable(loss_fn, where, name="loss_fn")
-        check_params(params, where)
-        check_mode(mode, where)
+        _check_arguments(where, params, mode, model_fn=model_fn, loss_fn=loss_fn)
 
         def model_of(batch: Batch) -> tuple[ModelFn, LossFn, Any, Any]:
             return model_fn, loss_fn, *pair(batch, where)
@@ -293,11 +285,9 @@ class Batches:
         let the model return the outputs of the others.
         """
         where = "Batches.fisher_operator"
-        check_callable(model_fn, where, name="model_fn")
         check_likelihood(likelihood, where)
-        check_params(params, where)
-        check_mode(mode, where)
-        seed = None if num_samples is None else self._agreed(draw_seed(generator))
+        _check_arguments(where, params, mode, model_fn=model_fn)
+        seed = None if num_samples is None else agreed(self._ranks, draw_seed(generator))
 
         def model_of(batch: Batch) -> tuple[ModelFn, LossFn, Any, Any]:
             own = None if seed is None else torch.Generator().manual_seed(seed + batch.number)
@@ -332,10 +322,7 @@ class Batches:
         others.
         """
         where = "Batches.empirical_fisher_operator"
-        check_callable(model_fn, where, name="model_fn")
-        check_callable(loss_fn, where, name="loss_fn")
-        check_params(params, where)
-        check_mode(mode, where)
+        _check_arguments(where, params, mode, model_fn=model_fn, loss_fn=loss_fn)
 
         def model_of(batch: Batch) -> tuple[ModelFn, LossFn, Any, Any]:
             functions = model_fn, loss_fn, params
@@ -409,3 +396,11 @@ class Batches:
         value, *rest = sums.over(where, [number, *zeros], add_loss)
         dtype = torch.promote_types(tree.common_dtype(params), torch.float32)
         return value.to(dtype.to_real()), rest
+
+
+def _check_arguments(where: str, params: Tree, mode: Mode, **functions: Any) -> None:
+    """Refuse what is no function, by its name, and parameters and modes that are none."""
+    for name, function in functions.items():
+        check_callable(function, where, name=name)
+    check_params(params, where)
+    check_mode(mode, where)

@@ -49,11 +49,6 @@ class Chunks:
         Of one vector, by which `"auto"` goes inside a transform and under torch.compile, where nothing can be counted.
     known
         Bytes of one vector by kind of work, counted before; what is counted here is added.
-
-    Attributes
-    ----------
-    largest
-        The largest chunk so far.
     """
 
     def __init__(
@@ -69,7 +64,6 @@ class Chunks:
         check_chunk_size(size, budget, where)
         if size == "auto" and in_transform():
             size = default_chunk_size(entries)
-        self.largest = 0
         self._size = size
         self._adapts = size == "auto"
         self._budget = default_memory_budget(device) if budget is None else budget
@@ -91,7 +85,6 @@ class Chunks:
                 if not self._shrinks(error, stop - start):
                     raise
                 continue  # outside, where the failed attempt is no longer held
-            self.largest = max(self.largest, stop - start)
             start = stop
             yield result
 

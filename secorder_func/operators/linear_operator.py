@@ -23,7 +23,7 @@ from secorder_func.operators.blocks import Selection, block_diagonal_of, block_o
 from secorder_func.operators.chunks import Chunks, default_memory_budget
 from secorder_func.operators.forms import FormsLike
 from secorder_func.operators.per_sample_operator import PerSampleOperator
-from secorder_func.operators.ranks import Ranks
+from secorder_func.operators.ranks import Ranks, agreed
 from secorder_func.operators.rows import RowsLike
 from secorder_func.operators.scipy_form import scipy_form
 from secorder_func.seeds import draw_seed
@@ -204,8 +204,7 @@ class LinearOperator:
 
     def draw_seed(self, generator: torch.Generator | None) -> int:
         """Return the next value of a generator, torch's global one if None; the same in all processes."""
-        seed = draw_seed(generator)
-        return seed if self.ranks is None else int(self.ranks.agree(seed))
+        return agreed(self.ranks, draw_seed(generator))
 
     def _mm(self, vectors: Tree) -> Tree:
         if self.matmat is not None:

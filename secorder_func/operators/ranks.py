@@ -23,7 +23,7 @@ from secorder_func.operators.heartbeat import Heartbeat
 from secorder_func.operators.memory import is_out_of_memory
 from secorder_func.transforms.policy import in_transform
 
-__all__ = ["NoFormsError", "Ranks", "marks_of"]
+__all__ = ["NoFormsError", "Ranks", "agreed", "marks_of"]
 
 T = TypeVar("T")
 _MARKS = 4
@@ -241,6 +241,14 @@ class Ranks:
                 "the timeout of the group (init_process_group, new_group) says how long the others wait"
             )
             raise RankError(message(self._where, problem, mend)) from error
+
+
+def agreed(ranks: Ranks | None, value: T) -> T:
+    """Return the value that the first of several processes has, that of this one if there is no other."""
+    if ranks is None:
+        return value
+    first: T = ranks.agree(value)
+    return first
 
 
 def marks_of(tensors: Sequence[Tensor]) -> list[float]:

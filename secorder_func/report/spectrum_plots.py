@@ -131,7 +131,7 @@ def plot_eigenvalues(pairs: Eigenpairs | Sequence[Eigenpairs], ax: Axes | None =
     ['1', '2', 'n']
     """
     where = "plot_eigenvalues"
-    ends = (pairs,) if isinstance(pairs, Eigenpairs) else tuple(pairs)
+    ends = tuple(pairs) if isinstance(pairs, (tuple, list)) else (pairs,)
     if len(ends) not in (1, 2):
         raise ArgumentError(
             message(where, f"expected one or two Eigenpairs, got {len(ends)}", "Pass (LA, SA)")

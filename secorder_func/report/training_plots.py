@@ -77,6 +77,7 @@ def plot_tracker(records: Sequence[CurvatureRecord], ax: Axes | None = None) -> 
     ['loss', 'trace', 'largest eigenvalue']
     """
     where = "plot_tracker"
+    require(records, Sequence, where, "records")
     if not records:
         raise ArgumentError(message(where, "there are no records", "Call tracker.step() before"))
     for record in records:

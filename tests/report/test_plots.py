@@ -171,6 +171,8 @@ def test_negative_numbers_of_a_training_are_drawn_on_a_linear_scale() -> None:
         (lambda: plots.plot_density(_operator()), "must be of type SpectralDensity"),  # type: ignore[arg-type]
         (lambda: plots.plot_eigenvalues([]), "expected one or two Eigenpairs, got 0"),
         (lambda: plots.plot_layers(3), "must be of type LayerCurvature, got int"),  # type: ignore[arg-type]
+        (lambda: plots.plot_eigenvalues(3), "must be of type Eigenpairs, got int"),  # type: ignore[arg-type]
+        (lambda: plots.plot_tracker(3), "must be of type Sequence, got int"),  # type: ignore[arg-type]
         (lambda: plots.plot_samples(torch.zeros(2, 2)), "got shape (2, 2)"),
         (lambda: plots.plot_tracker([]), "there are no records"),
     ],
