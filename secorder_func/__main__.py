@@ -6,10 +6,11 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from secorder_func import __version__
+from secorder_func import __version__, progress
 from secorder_func.errors import MissingExtraError
 from secorder_func.report import INTERRUPTED
 
@@ -185,7 +186,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="?",
         metavar="MODULE:FUNCTION",
         help="a function without arguments, in a module that the current folder or the environment has, that returns "
-        "(f, params, *args) or (model, loss_fn, inputs, targets); without it the demonstration's model is checked",
+        "(f, params, *args) or (model, loss_fn, inputs, targets), or batches in place of the data, as for report: then "
+        "the first one is taken; without it the demonstration's model is checked",
     )
     _add_seed(verify, "of torch, before the function is called, and of the directions")
     verify.add_argument(
@@ -200,13 +202,24 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     if arguments.target is not None:
         from secorder_func.verify.command import run
 
-        return run(arguments.target, seed=arguments.seed, rtol=arguments.rtol)
+        with _bars():
+            return run(arguments.target, seed=arguments.seed, rtol=arguments.rtol)
     from secorder_func.report import require_extra
 
     require_extra("python -m secorder_func verify without a function")
     from secorder_func.report.example import verify_digits
 
-    return verify_digits(seed=arguments.seed, rtol=arguments.rtol)
+    with _bars():
+        return verify_digits(seed=arguments.seed, rtol=arguments.rtol)
+
+
+@contextmanager
+def _bars() -> Iterator[None]:
+    """Show what takes long, if what shows it is installed."""
+    with ExitStack() as stack:
+        with suppress(MissingExtraError):
+            stack.enter_context(progress())
+        yield
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

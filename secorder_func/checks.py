@@ -25,14 +25,26 @@ __all__ = [
 
 
 def check_callable(function: Any, where: str, *, name: str = "f", mend: str = "") -> None:
-    """Refuse what cannot be called."""
+    """Refuse what cannot be called.
+
+    >>> check_callable(3, "hvp")
+    Traceback (most recent call last):
+        ...
+    secorder_func.errors.ArgumentTypeError: hvp: f must be a function, got int.
+    """
     if not callable(function):
         problem = f"{name} must be a function, got {type(function).__name__}"
         raise ArgumentTypeError(message(where, problem, mend))
 
 
 def check_count(count: Any, where: str, *, name: str) -> None:
-    """Refuse what is no whole number from one on."""
+    """Refuse what is no whole number from one on.
+
+    >>> check_count(0, "hutchinson_trace", name="num_matvecs")
+    Traceback (most recent call last):
+        ...
+    secorder_func.errors.ArgumentError: hutchinson_trace: num_matvecs must be at least 1, got 0.
+    """
     if isinstance(count, bool) or not isinstance(count, int):
         problem = f"{name} must be a whole number, got {count!r}"
         raise ArgumentTypeError(message(where, problem))
@@ -41,7 +53,13 @@ def check_count(count: Any, where: str, *, name: str) -> None:
 
 
 def check_number(number: Any, where: str, *, name: str) -> None:
-    """Refuse what is neither a real number nor a tensor with one."""
+    """Refuse what is neither a real number nor a tensor with one.
+
+    >>> check_number("1", "op.damped", name="damping")
+    Traceback (most recent call last):
+        ...
+    secorder_func.errors.ArgumentTypeError: op.damped: damping must be a real number or a 0-dim tensor, got '1'.
+    """
     one_real = isinstance(number, Tensor) and number.ndim == 0 and not number.is_complex()
     if not one_real and (isinstance(number, bool) or not isinstance(number, (int, float))):
         given = tuple(number.shape) if isinstance(number, Tensor) else repr(number)
@@ -50,14 +68,26 @@ def check_number(number: Any, where: str, *, name: str) -> None:
 
 
 def check_positive(number: Any, where: str, *, name: str) -> None:
-    """Refuse what is no positive, finite number."""
+    """Refuse what is no positive, finite number.
+
+    >>> check_positive(0.0, "nystrom_preconditioner", name="damping")
+    Traceback (most recent call last):
+        ...
+    secorder_func.errors.ArgumentError: nystrom_preconditioner: damping must be positive and finite, got 0.0.
+    """
     check_number(number, where, name=name)
     if not 0 < float(number) < float("inf"):
         raise ArgumentError(message(where, f"{name} must be positive and finite, got {number}"))
 
 
 def check_tolerance(number: Any, where: str, *, name: str) -> None:
-    """Refuse what is no finite number from zero on."""
+    """Refuse what is no finite number from zero on.
+
+    >>> check_tolerance(-1.0, "cg", name="rtol")
+    Traceback (most recent call last):
+        ...
+    secorder_func.errors.ArgumentError: cg: rtol must be a number from 0 on, got -1.0.
+    """
     check_number(number, where, name=name)
     if not 0 <= float(number) < float("inf"):
         raise ArgumentError(message(where, f"{name} must be a number from 0 on, got {number}"))

@@ -80,6 +80,8 @@ def functional_loss(
 def functional_model(model: nn.Module) -> tuple[ModelFn, Params]:
     """Return `model_fn(params, inputs) -> outputs` and the parameters, as `functional_loss` does.
 
+    Parameters, what is returned beside `model_fn`, and errors are those of `functional_loss`.
+
     Examples
     --------
     >>> import torch

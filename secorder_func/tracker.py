@@ -68,6 +68,16 @@ class CurvatureRecord:
         Which share of the time since the first step all records have taken, this one included.
     problem
         Why numbers are missing, if they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import CurvatureTracker
+    >>> model, loss_fn = torch.nn.Linear(1, 1, bias=False), torch.nn.functional.mse_loss
+    >>> tracker = CurvatureTracker(model, loss_fn, (torch.ones(4, 1), torch.zeros(4, 1)))
+    >>> record = tracker.step()
+    >>> record.step, record.trace, record.eigenvalues
+    (0, 2.0, [2.0])
     """
 
     step: int
@@ -117,6 +127,11 @@ class CurvatureTracker:
         All records, in order.
     skipped
         How many were left out to stay within the budget.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `functional_loss`; `data` is no batch; a count is below one, or the budget is not positive.
 
     Notes
     -----

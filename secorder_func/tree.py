@@ -123,7 +123,11 @@ def structure(tree: Tree, /) -> Any:
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:
-    """Return the tensors among the leaves of any trees, whatever else they hold."""
+    """Return the tensors among the leaves of any trees, whatever else they hold.
+
+    >>> tensors_in({"name": "first", "x": torch.ones(1)}, [2, torch.zeros(1)])
+    [tensor([1.]), tensor([0.])]
+    """
     return [leaf for leaf in flatten_fully(trees)[0] if isinstance(leaf, Tensor)]
 
 
@@ -148,22 +152,38 @@ def tensors_and_rest(tree: Tree, /) -> tuple[tuple[Tensor, ...], Unflatten]:
 
 
 def add(x: Tree, y: Tree, /) -> Tree:
-    """Return `x + y`."""
+    """Return `x + y`.
+
+    >>> add({"a": torch.ones(2)}, {"a": torch.tensor([1.0, 2.0])})
+    {'a': tensor([2., 3.])}
+    """
     return map(torch.add, x, y)
 
 
 def sub(x: Tree, y: Tree, /) -> Tree:
-    """Return `x - y`."""
+    """Return `x - y`.
+
+    >>> sub({"a": torch.ones(2)}, {"a": torch.tensor([1.0, 2.0])})
+    {'a': tensor([ 0., -1.])}
+    """
     return map(torch.sub, x, y)
 
 
 def scale(a: float | Tensor, x: Tree, /) -> Tree:
-    """Return `a * x`, each leaf in its own dtype."""
+    """Return `a * x`, each leaf in its own dtype.
+
+    >>> scale(2, {"a": torch.ones(2), "b": torch.ones(1, dtype=torch.float16)})
+    {'a': tensor([2., 2.]), 'b': tensor([2.], dtype=torch.float16)}
+    """
     return map(lambda leaf: _times(a, leaf), x)
 
 
 def axpy(a: float | Tensor, x: Tree, y: Tree, /) -> Tree:
-    """Return `a * x + y`, each leaf in the dtype of `y`'s leaf."""
+    """Return `a * x + y`, each leaf in the dtype of `y`'s leaf.
+
+    >>> axpy(2, {"a": torch.ones(2)}, {"a": torch.tensor([1.0, 2.0])})
+    {'a': tensor([3., 4.])}
+    """
     return map(lambda x_leaf, y_leaf: y_leaf + _times(a, x_leaf), x, y)
 
 
@@ -216,7 +236,11 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def norm(x: Tree, /) -> Tensor:
-    """Return the Euclidean norm, a 0-dim tensor."""
+    """Return the Euclidean norm, a 0-dim tensor.
+
+    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
     return dot(x, x).sqrt()
 
 
@@ -230,7 +254,11 @@ def numel(tree: Tree, /) -> int:
 
 
 def zeros_like(tree: Tree, /) -> Tree:
-    """Return the zero vector of a tree's space."""
+    """Return the zero vector of a tree's space.
+
+    >>> zeros_like({"a": torch.ones(2)})
+    {'a': tensor([0., 0.])}
+    """
     return map(torch.zeros_like, tree)
 
 
@@ -249,12 +277,21 @@ def random_like(tree: Tree, /, *, generator: torch.Generator | None = None) -> T
 
 
 def stack(trees: Sequence[Tree], /) -> Tree:
-    """Stack trees along a new leading axis of every leaf."""
+    """Stack trees along a new leading axis of every leaf.
+
+    >>> stack([{"a": torch.zeros(2)}, {"a": torch.ones(2)}])
+    {'a': tensor([[0., 0.],
+            [1., 1.]])}
+    """
     return map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 def unstack(stacked: Tree, /) -> list[Tree]:
-    """Take a stacked tree apart along its leading axis."""
+    """Take a stacked tree apart along its leading axis.
+
+    >>> unstack({"a": torch.tensor([[0.0, 0.0], [1.0, 1.0]])})
+    [{'a': tensor([0., 0.])}, {'a': tensor([1., 1.])}]
+    """
     leaves, unflatten = flatten(stacked)
     return [unflatten(row) for row in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)]
 
@@ -262,7 +299,7 @@ def unstack(stacked: Tree, /) -> list[Tree]:
 def ravel(tree: Tree, /, *, batch_dims: int = 0) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """Return the entries of a tree as one vector, and the function that folds such vectors back.
 
-    Leaves follow one another in the order of `flatten`, in their common dtype, on the first leaf's
+    Leaves follow one another in the order of `flatten`, dict keys sorted, in their common dtype, on the first leaf's
     device. `batch_dims` leading axes of every leaf are kept in front. The inverse takes any number
     of leading axes and restores each leaf's own dtype and device.
 
@@ -295,7 +332,11 @@ def ravel(tree: Tree, /, *, batch_dims: int = 0) -> tuple[Tensor, Callable[[Tens
 
 
 def common_dtype(tree: Tree, /) -> torch.dtype:
-    """Return the dtype to which all leaves promote."""
+    """Return the dtype to which all leaves promote.
+
+    >>> common_dtype({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.float64)})
+    torch.float64
+    """
     leaves = optree.tree_flatten(tree)[0]
     dtype: torch.dtype = leaves[0].dtype
     for leaf in leaves[1:]:

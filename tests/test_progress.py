@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder_func import Batches, LinearOperator, eigsh, hutchinson_trace, progress
+from secorder_func import (
+    Batches,
+    LinearOperator,
+    eigsh,
+    hutchinson_trace,
+    progress,
+    running,
+    verify,
+)
 from secorder_func.errors import MissingExtraError
 
 
@@ -75,6 +83,30 @@ def test_passes_count_batches_inside_of_what_waits_for_them(
     assert "eigsh" in shown
     assert "pass over the data" in shown
     assert "/7" in shown
+
+
+def test_a_verification_counts_its_checks_all_of_them_where_all_is_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = on_terminal(monkeypatch)
+    seen = []
+
+    class Watching(running.Watcher):
+        def advanced(self, task: running.Task, /) -> None:
+            seen.append((task.what, task.done, task.total))
+
+    def loss(p: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return (p**3).sum()
+
+    with progress(seconds=0), running.watched(Watching()):
+        result = verify(loss, torch.tensor([1.0, 2.0]))
+    assert result.ok
+    shown = terminal.getvalue().replace("\x1b[0m", "").replace("\x1b[32m", "")
+    assert "verify" in shown
+    assert "/12 checks" in shown
+    assert seen[-1] == ("verify", len(result.checks) - 1, 12)  # the last one ends it
+    assert len(result.checks) == 12
 
 
 def test_what_is_short_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,23 @@ def exact_diagonal(
     """Return the diagonal, a tree like `op.like`, by one form or product for every entry, in chunks.
 
     Of a Gauss-Newton or Fisher operator with fewer outputs than parameters it takes one backward pass for every output.
-    `chunk_size` and `memory_budget` as for `hutchinson_trace`. A per-sample operator gives a leading axis of samples.
+
+    Parameters
+    ----------
+    op
+        A real operator, symmetric or not; or a per-sample operator.
+    chunk_size, memory_budget
+        As for `hutchinson_trace`.
+
+    Returns
+    -------
+    Tree
+        Like `op.like`, of a per-sample operator with a leading axis of samples.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The operator acts on complex vectors; `chunk_size` or `memory_budget` is below one.
 
     Examples
     --------

@@ -34,6 +34,25 @@ def hutchinson_laplacian(
     Everything else is as for `laplacian` and `hutchinson_trace`; every sample has probes of its own. Where some
     function has no second-order rule, products follow; `by_propagation` of the result tells.
 
+    Parameters
+    ----------
+    f, per_sample
+        As for `laplacian`.
+    num_matvecs
+        How many probes; each costs one form, or one product.
+    generator
+        As for `hutchinson_trace`.
+
+    Returns
+    -------
+    Callable
+        `(x, *args, **kwargs) -> Estimate`, whose value is shaped like that of `f`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `laplacian` and `hutchinson_trace`.
+
     Examples
     --------
     >>> import torch

@@ -41,6 +41,17 @@ class LayerCurvature:
         `(groups,)`, of the outermost eigenpair of each block; None if they were not asked for.
     converged
         Whether all of these residuals are within the tolerance of `eigsh`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hessian_operator, layer_curvature
+    >>> params = {"first.weight": torch.ones(2), "second.weight": torch.ones(1)}
+    >>> f = lambda p: p["first.weight"].square().sum() + p["second.weight"].pow(3).sum()
+    >>> print(layer_curvature(hessian_operator(f, params), 8))
+    group   parameters  trace  ±  mean diagonal  eigenvalue
+    first            2      4  0              2           2
+    second           1      6  0              6           6
     """
 
     names: tuple[str, ...]

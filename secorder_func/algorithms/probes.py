@@ -63,12 +63,20 @@ def rademacher(seed: int, probes: range, like: Tree, /) -> Tree:
 
 
 def normal(seed: int, probes: range, like: Tree, /) -> Tree:
-    """Return probes of independent standard normal entries (Box-Muller)."""
+    """Return probes of independent standard normal entries (Box-Muller).
+
+    >>> normal(0, range(3), {"w": torch.zeros(2)})["w"].shape
+    torch.Size([3, 2])
+    """
     return _leafwise(_normals, seed, probes, like)
 
 
 def sphere(seed: int, probes: range, like: Tree, /) -> Tree:
-    """Return probes uniform on the sphere of radius sqrt(n), n the number of entries of the whole tree."""
+    """Return probes uniform on the sphere of radius sqrt(n), n the number of entries of the whole tree.
+
+    >>> sphere(0, range(3), torch.zeros(4)).norm(dim=1).round(decimals=3)
+    tensor([2., 2., 2.])
+    """
     vectors = normal(seed, probes, like)
     lengths = tree.batched_dot(vectors, vectors).sqrt()
     factors = math.sqrt(tree.numel(like)) / lengths

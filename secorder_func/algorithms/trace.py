@@ -130,7 +130,23 @@ def exact_trace(
     """Return the trace by one form or product for every entry of the space, in chunks.
 
     Of a Gauss-Newton or Fisher operator with fewer outputs than parameters it takes one backward pass for every output.
-    `chunk_size` and `memory_budget` as for `hutchinson_trace`. A per-sample operator gives `(samples,)`.
+
+    Parameters
+    ----------
+    op
+        A real operator, symmetric or not; or a per-sample operator.
+    chunk_size, memory_budget
+        As for `hutchinson_trace`.
+
+    Returns
+    -------
+    Tensor
+        Of shape `()`, of a per-sample operator `(samples,)`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The operator acts on complex vectors; `chunk_size` or `memory_budget` is below one.
 
     Examples
     --------

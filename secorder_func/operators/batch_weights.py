@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -14,9 +15,13 @@ from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.batch_sums import Args, Batch, BatchSums
 from secorder_func.transforms.fisher import Reduction
+from secorder_func.transforms.independence import elsewhere
+from secorder_func.typing import Tree
 
-__all__ = ["BatchWeights", "Weight"]
+__all__ = ["BatchWeights", "Value", "Weight"]
 
+Value: TypeAlias = "Callable[[Batch, Tree], Tensor | None]"
+"""(batch, params) -> its loss, if there is one."""
 Weight: TypeAlias = "Callable[..., float | Tensor]"
 
 
@@ -80,15 +85,44 @@ class BatchWeights:
             raise ArgumentError(message("Batches", problem, mend))
         return float(tensors[0].shape[0])
 
-    def require_right(
-        self, value: Callable[[Batch], Tensor | None], sums: BatchSums, batch: Batch
-    ) -> None:
-        """Refuse weights and a reduction that the losses of the parts of a batch contradict."""
+    def require_right(self, value: Value, params: Tree, sums: BatchSums, batch: Batch) -> None:
+        """Refuse weights and a reduction that the losses of the parts of a batch contradict.
+
+        Of a loss that was fitted, rounding may be all that is left: what is wrong is so at other parameters, too.
+        """
+        parts = self._parts(value, params, sums, batch)
+        if parts is None or parts.add_up is not False:
+            return
+        with suppress(Exception):  # elsewhere there may be no loss
+            others = self._parts(value, elsewhere(params), sums, batch)
+            if others is not None and others.add_up:
+                return
+        mean = self.reduction == "mean"
+        what = "weights times losses" if mean else "losses"
+        problem = (
+            f"the loss of batch {batch.index} is not the {self.reduction} of the losses of its first {parts.cut} and "
+            f"last {parts.count - parts.cut} samples: {what} are {parts.whole:.6g} of all and {parts.first:.6g} + "
+            f"{parts.rest:.6g} of the parts"
+        )
+        mend = (
+            "If the loss is a sum, pass reduction='sum'; if it is a mean over something else than samples, tokens "
+            "say, pass weight=, what the loss of a batch is averaged over"
+            if mean
+            else "If the loss is a mean, pass reduction='mean'"
+        )
+        mend += (
+            ". If samples of a batch influence each other (batch normalisation in training mode), or the loss "
+            "has a term of the parameters alone, and that is meant, pass check_weights=False"
+        )
+        raise ArgumentError(message(sums.where, problem, mend))
+
+    def _parts(self, value: Value, params: Tree, sums: BatchSums, batch: Batch) -> _Parts | None:
+        """Return the losses of a batch and of two parts of it; None where that says nothing."""
         tensors, restore = tree.tensors_and_rest(batch.args)
         counts = {t.shape[0] if t.ndim else 0 for t in tensors}
         count = counts.pop() if len(counts) == 1 else 0
         if count < 2:
-            return  # it cannot be split
+            return None  # it cannot be split
         cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
         halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]
         state = sums.randomness(batch)
@@ -97,33 +131,35 @@ class BatchWeights:
             weight = self._of(args) if self.reduction == "mean" else 1.0
             with state.replayed(), torch.no_grad():
                 try:
-                    found = value(replace(batch, args=args)) if weight else torch.zeros(())
+                    loss = value(replace(batch, args=args), params) if weight else torch.zeros(())
                 except Exception:
                     if args is batch.args:
                         raise
-                    return  # of so few samples there is no loss
-                if found is None or state.has_changed():
-                    return  # there is none, or its parts would draw other random numbers
-            terms.append(weight * float(found))
-            eps = torch.finfo(found.dtype).eps
-        whole, *both = terms
+                    return None  # of so few samples there is no loss
+                if loss is None or state.has_changed():
+                    return None  # there is none, or its parts would draw other random numbers
+            terms.append(weight * float(loss))
+            eps = torch.finfo(loss.dtype).eps
+        whole, first, rest = terms
+        return _Parts(count, cut, whole, first, rest, eps)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a batch contributes to the loss, and the first samples and the rest of it."""
+
+    count: int
+    cut: int
+    whole: float
+    first: float
+    rest: float
+    eps: float
+
+    @property
+    def add_up(self) -> bool | None:
+        """Whether the parts are the whole, but for rounding; None if they are not finite."""
+        terms = self.whole, self.first, self.rest
         if not all(map(math.isfinite, terms)):
-            return
-        if abs(whole - sum(both)) > math.sqrt(eps) * max(map(abs, terms)):
-            mean = self.reduction == "mean"
-            what = "weights times losses" if mean else "losses"
-            problem = (
-                f"the loss of batch {batch.index} is not the {self.reduction} of the losses of its first {cut} and "
-                f"last {count - cut} samples: {what} are {whole:.6g} of all and {both[0]:.6g} + {both[1]:.6g} of the "
-                "parts"
-            )
-            mend = (
-                "Pass weight=, what the loss of a batch is averaged over, or reduction='sum'"
-                if mean
-                else "Pass reduction='mean'"
-            )
-            mend += (
-                ". If samples of a batch influence each other (batch normalisation in training mode), or the loss "
-                "has a term of the parameters alone, and that is meant, pass check_weights=False"
-            )
-            raise ArgumentError(message(sums.where, problem, mend))
+            return None
+        apart = abs(self.whole - self.first - self.rest)
+        return apart <= math.sqrt(self.eps) * max(map(abs, terms))

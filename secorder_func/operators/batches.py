@@ -20,7 +20,7 @@ from secorder_func.operators.batch_kinds import GaussNewton, Hessian, Other, pai
 from secorder_func.operators.batch_operator import operator_over, wide_zeros
 from secorder_func.operators.batch_reader import BatchReader
 from secorder_func.operators.batch_sums import Add, Args, Batch, BatchSums
-from secorder_func.operators.batch_weights import BatchWeights, Weight
+from secorder_func.operators.batch_weights import BatchWeights, Value, Weight
 from secorder_func.operators.fisher import (
     empirical_fisher_model,
     fisher_model,
@@ -198,7 +198,7 @@ class Batches:
         where: str,
         *,
         weight: Callable[[Args], float] | None = None,
-        value: Callable[[Batch], Tensor | None] | None = None,
+        value: Value | None = None,
         of: Any = None,
     ) -> BatchSums:
         """Return the sums over the batches.
@@ -218,7 +218,7 @@ class Batches:
             where=where,
         )
         if self._check_weights and value is not None and not self._was_checked(of):
-            sums.check = partial(weights.require_right, value, sums)
+            sums.check = partial(weights.require_right, value, params, sums)
             sums.passed = partial(self._note_checked, of)
         return sums
 
@@ -382,7 +382,7 @@ class Batches:
         refuse_gradients(where)
         params = tree.map(Tensor.detach, params)
 
-        def value_of(batch: Batch) -> Tensor:
+        def value_of(batch: Batch, params: Tree) -> Tensor:
             return value_and_gradient(f, params, batch.args, where, gradient=False)[0]
 
         def add_loss(batch: Batch, add: Add) -> None:

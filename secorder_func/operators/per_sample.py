@@ -31,7 +31,7 @@ from secorder_func.transforms.gauss_newton import flat_model, ggnvp, outputs_fun
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.independence import (
     LOOKED_AT,
-    fixed_normal,
+    fixed_steps,
     refuse_dependent_losses,
     refuse_dependent_outputs,
     watched,
@@ -238,6 +238,11 @@ def per_sample_fisher_operator(
     PerSampleOperator
         As for `per_sample_ggn_operator`.
 
+    Raises
+    ------
+    TypeError, ValueError, NoExactRouteError
+        As for `fisher_operator` and `per_sample_hessian_operator`.
+
     Examples
     --------
     >>> import torch
@@ -288,6 +293,11 @@ def per_sample_empirical_fisher_operator(
     -------
     PerSampleOperator
         Its exact trace is the squared norm of every sample's gradient.
+
+    Raises
+    ------
+    TypeError, ValueError, NoExactRouteError
+        As for `empirical_fisher_operator` and `per_sample_hessian_operator`.
 
     Examples
     --------
@@ -380,7 +390,7 @@ def _refuse_dependent_loss(
     model = flat_model(model_fn, loss_fn, params, *some.restore(some.tensors), where=where)
     with state.replayed(), out_of_inference_mode(), torch.no_grad():
         smooth, others = model.outputs_at(forward=False, higher=False)(model.leaves)
-    ways = fixed_normal(smooth)
+    ways = fixed_steps(smooth)
     parts = (smooth, ways, others, some.tensors)
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     held = Samples(tuple(t for part in parts for t in part), tuple)

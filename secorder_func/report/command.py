@@ -1,15 +1,18 @@
-"""`python -m secorder_func report`: measure, print, write."""
+"""A report from the command line, `python -m secorder_func report`, and from Python, `write_report`."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from secorder_func import interruptible, progress, running
+from secorder_func.errors import ArgumentError
 from secorder_func.report import INTERRUPTED, demo, user
 from secorder_func.report.example import digits_subject
 from secorder_func.report.finding import Settings
@@ -21,7 +24,7 @@ from secorder_func.report.progress import Stages, make_console
 from secorder_func.report.subject import Subject
 from secorder_func.report.tables import listed_table, number_table
 
-__all__ = ["FULL", "QUICK", "run_report"]
+__all__ = ["FULL", "QUICK", "report_of", "run_report"]
 
 FULL = Settings(
     num_probes=64,
@@ -55,12 +58,7 @@ def run_report(
     num_eigenvalues: int | None = None,
 ) -> int:
     """Report on a user's problem or the digits; return 0, 1 if a part failed, 2 if it cannot run, 130 after Ctrl-C."""
-    settings = QUICK if quick else FULL
-    settings = replace(
-        settings,
-        num_probes=num_probes or settings.num_probes,
-        num_eigenvalues=num_eigenvalues or settings.num_eigenvalues,
-    )
+    settings = _settings(quick, num_probes, num_eigenvalues)
     output.mkdir(parents=True, exist_ok=True)
     console = make_console()
     stages = Stages(console)
@@ -77,12 +75,9 @@ def run_report(
             stack.enter_context(progress())
             if problem is None:
                 subject = _digits(quick, seed, stages)
-            with stages.stage("read the data", bar=False):
-                report = begun(subject, PARTS, settings, seed)
+            report = _begun(subject, settings, seed, stages)
             console.print(f"  {report.headline}")
-            measure_parts(report, subject, settings, seed, stages)
-            report.seconds = stages.seconds
-            paths = write(report, output)
+            paths = _finished(report, subject, output, settings, seed, stages)
     except user.TargetError as error:
         print(f"report {problem}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -97,6 +92,65 @@ def run_report(
     if interrupted or report.interrupted:
         return INTERRUPTED
     return 1 if report.titles("failed") else 0
+
+
+def report_of(
+    given: tuple[Any, ...],
+    folder: Path,
+    *,
+    title: str,
+    seed: int,
+    quick: bool,
+    num_probes: int | None,
+    num_eigenvalues: int | None,
+) -> Path:
+    """Write the report of a problem that is at hand, without printing; return where its page is.
+
+    Raises
+    ------
+    ArgumentError
+        What is given is no loss with parameters and data.
+    KeyboardInterrupt
+        After Ctrl-C, when the partial report is written.
+    """
+    settings = _settings(quick, num_probes, num_eigenvalues)
+    stages = Stages(Console(quiet=True))
+    try:
+        with interruptible(), progress():
+            subject = user.subject_of(given, title)
+            report = _begun(subject, settings, seed, stages)
+            page, _ = _finished(report, subject, folder, settings, seed, stages)
+    except user.TargetError as error:
+        raise ArgumentError(f"write_report: {' '.join(str(error).split())}") from error
+    if report.interrupted:
+        raise KeyboardInterrupt
+    for outcome in report.outcomes:
+        if outcome.status == "failed":
+            text = f"write_report: {outcome.part.title.lower()} failed. {outcome.reason}"
+            warnings.warn(text, stacklevel=3)
+    return page
+
+
+def _settings(quick: bool, num_probes: int | None, num_eigenvalues: int | None) -> Settings:
+    settings = QUICK if quick else FULL
+    return replace(
+        settings,
+        num_probes=num_probes or settings.num_probes,
+        num_eigenvalues=num_eigenvalues or settings.num_eigenvalues,
+    )
+
+
+def _begun(subject: Subject, settings: Settings, seed: int, stages: Stages) -> Report:
+    with stages.stage("read the data", bar=False):
+        return begun(subject, PARTS, settings, seed)
+
+
+def _finished(
+    report: Report, subject: Subject, folder: Path, settings: Settings, seed: int, stages: Stages
+) -> tuple[Path, Path]:
+    measure_parts(report, subject, settings, seed, stages)
+    report.seconds = stages.seconds
+    return write(report, folder)
 
 
 def _digits(quick: bool, seed: int, stages: Stages) -> Subject:

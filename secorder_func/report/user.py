@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secorder_func import Batches, functional_loss, functional_model, tree
+from secorder_func import functional_loss, functional_model, tree
 from secorder_func.checks import check_params
 from secorder_func.report.subject import Subject
 from secorder_func.verify.target import (
+    BATCHES,
     TargetError,
     call_target,
     current_folder_importable,
+    data_of,
     quoted,
 )
 
 __all__ = ["TargetError", "load", "subject_of"]
 
 _RETURNS = "(f, params, batches) or (model, loss_fn, batches)"
-_BATCHES = "a tuple for one batch, a list of batches, a DataLoader, or Batches"
 
 
 @contextmanager
@@ -42,18 +43,18 @@ def load(target: str, *, seed: int) -> Iterator[Subject]:
 def subject_of(returned: Any, title: str) -> Subject:
     """Read what a user's function returns: `(f, params, batches)` or `(model, loss_fn, batches)`.
 
-    What `verify` takes will do, too: `(f, params, *args)` and `(model, loss_fn, inputs, targets)`, one batch.
+    One batch may also be spread: `(f, params, *batch)`, `(model, loss_fn, inputs, targets)`.
     """
     if not isinstance(returned, (tuple, list)):
-        raise TargetError(f"the function must return {_RETURNS}, got {type(returned).__name__}")
+        raise TargetError(f"expected {_RETURNS}, got {type(returned).__name__}")
     given = f"({', '.join(type(item).__name__ for item in returned)})"
     if len(returned) < 2 or not callable(returned[0]):
-        raise TargetError(f"the function must return {_RETURNS}, got {given}")
+        raise TargetError(f"expected {_RETURNS}, got {given}")
     first, second, *rest = returned
     if isinstance(first, nn.Module) and not rest:
-        raise TargetError(f"with a module the function must return {_RETURNS}, got {given}")
+        raise TargetError(f"expected {_RETURNS}, got {given}, a module without data")
     try:
-        batch, batches = _data(rest)
+        batch, batches = data_of(rest)
         if isinstance(first, nn.Module):
             f, params = functional_loss(first, second)
             model_fn, _ = functional_model(first)
@@ -67,22 +68,6 @@ def subject_of(returned: Any, title: str) -> Subject:
         raise TargetError(_one_line(str(error))) from error
     _require_loss(subject)
     return subject
-
-
-def _data(rest: list[Any]) -> tuple[tuple[Any, ...] | None, Batches | None]:
-    """Return the one batch, or the batches."""
-    if len(rest) != 1:
-        return tuple(rest), None
-    (data,) = rest
-    if isinstance(data, Batches):
-        return None, data
-    if isinstance(data, tuple):
-        return data, None
-    if isinstance(data, Tensor):
-        return (data,), None
-    if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
-        raise TypeError(f"the batches must be {_BATCHES}, got {type(data).__name__}")
-    return None, Batches(data)
 
 
 def _require_loss(subject: Subject) -> None:
@@ -99,7 +84,7 @@ def _require_loss(subject: Subject) -> None:
     except Exception as error:  # whatever the user's loss does
         hint = ""
         if subject.batches is not None and len(batch) == 1 and isinstance(batch[0], Tensor):
-            hint = f". The first batch is one tensor; pass {_BATCHES}"
+            hint = f". The first batch is one tensor; pass {BATCHES}"
         problem = f"the loss of the first batch raises {_one_line(quoted(error))}"
         raise TargetError(problem + hint) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:

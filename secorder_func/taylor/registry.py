@@ -204,7 +204,29 @@ def tangent(*functions: Any, kind: Kind = "closed", by_output: bool = False) -> 
 def together(
     *functions: Any, kind: Kind = "closed", beyond: Callable[..., Any] | None = None
 ) -> Callable[[_F], _F]:
-    """Register the decorated `(*args, **kwargs) -> (out, t -> term of out)`, which evaluates `functions` as well."""
+    """Register the decorated `(*args, **kwargs) -> (out, t -> term of out)`, which evaluates `functions` as well.
+
+    Parameters
+    ----------
+    functions, kind
+        As for `tangent`.
+    beyond
+        As for `Rule`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hvp, taylor
+    >>> @torch.overrides.wrap_torch_function(lambda x: (x,))
+    ... def grown(x):
+    ...     return x.exp()
+    >>> @taylor.together(grown, kind="elementwise")
+    ... def _grown(x):
+    ...     out = x.exp()  # which its term needs, too
+    ...     return out, lambda t: out * t(x)
+    >>> hvp(lambda p: grown(p).sum(), mode="reverse_over_forward")(torch.zeros(2), torch.ones(2))
+    tensor([1., 1.])
+    """
 
     def register(evaluate: _F) -> _F:
         _register(functions, Rule(kind, evaluate, together=True, beyond=beyond))
@@ -214,7 +236,21 @@ def together(
 
 
 def written(*functions: Any) -> Callable[[_F], _F]:
-    """Register the decorated function, which computes the same as `functions` out of such that have rules."""
+    """Register the decorated function, which computes the same as `functions` out of such that have rules.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hvp, taylor
+    >>> @torch.overrides.wrap_torch_function(lambda x: (x,))
+    ... def squared(x):
+    ...     return x * x
+    >>> @taylor.written(squared)
+    ... def _squared(x):
+    ...     return x**2
+    >>> hvp(lambda p: squared(p).sum(), mode="reverse_over_forward")(torch.ones(2), torch.ones(2))
+    tensor([2., 2.])
+    """
 
     def register(body: _F) -> _F:
         _register(functions, Rule("written", body))
@@ -224,7 +260,19 @@ def written(*functions: Any) -> Callable[[_F], _F]:
 
 
 def linear(*functions: Any) -> None:
-    """Register functions that are linear in their first argument, the others being constants."""
+    """Register functions that are linear in their first argument, the others being constants.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hvp, taylor
+    >>> @torch.overrides.wrap_torch_function(lambda x: (x,))
+    ... def halved(x):
+    ...     return x / 2
+    >>> taylor.linear(halved)
+    >>> hvp(lambda p: halved(p).square().sum(), mode="reverse_over_forward")(torch.ones(2), torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
     for function in functions:
         _register([function], Rule("linear", _through(function), by_output=True))
 
@@ -248,6 +296,17 @@ def jointly_linear(*functions: Any, indexed: bool = False) -> None:
     """Register functions that are linear in all their tensors together, in lists and tuples too.
 
     With `indexed`, tensors of integers and booleans are indices and masks; else they are numbers, too.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import hvp, taylor
+    >>> @torch.overrides.wrap_torch_function(lambda x, y: (x, y))
+    ... def joined(x, y):
+    ...     return torch.cat([x, y])
+    >>> taylor.jointly_linear(joined)
+    >>> hvp(lambda p: joined(p, 2 * p).square().sum(), mode="reverse_over_forward")(torch.ones(2), torch.ones(2))
+    tensor([10., 10.])
     """
     for function in functions:
         _register([function], Rule("linear", _through_all(function, indexed), by_output=True))

@@ -99,7 +99,7 @@ def quadratic_form(f: LossFn) -> Callable[..., Tensor]:
 def bilinear_form(f: LossFn) -> Callable[..., Tensor]:
     """Transform `f` into `bilinear_form(f)(params, u, v, *args, **kwargs) = u . H v`.
 
-    Everything else is as for `quadratic_form`.
+    Everything else, errors too, is as for `quadratic_form`.
 
     Examples
     --------

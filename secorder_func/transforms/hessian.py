@@ -117,7 +117,7 @@ def hvp_and_grad(
 ) -> Callable[..., Any]:
     """Transform `f` into `(params, v, *args, **kwargs) -> (Hv, gradient)`, at the cost of `hvp` alone.
 
-    With `has_aux` the result is `((Hv, gradient), aux)`. Everything else is as for `hvp`.
+    With `has_aux` the result is `((Hv, gradient), aux)`. Everything else, errors too, is as for `hvp`.
 
     Examples
     --------

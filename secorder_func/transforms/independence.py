@@ -7,7 +7,7 @@ only. So first and second derivatives along a random direction are compared, too
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ from secorder_func.rules.torch_func import vjp, without_vmap_warnings
 from secorder_func.transforms.hessian import hvp_and_grad
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.samples import Samples
+from secorder_func.typing import Tree
 
 __all__ = [
     "LOOKED_AT",
     "MIXED",
+    "elsewhere",
     "fixed_normal",
+    "fixed_steps",
     "looking",
     "outputs_alone",
     "refuse_dependent_losses",
@@ -94,13 +97,40 @@ def refuse_dependent_losses(
     One loss a sample must be that loss. A single number must be the sum, or the mean, for all samples that are looked
     at and for their halves. Where random numbers are drawn, which differ from sample to sample in a batch, it is seen
     whether other samples in its place make a difference to half of them; a single number is then not looked at.
+
+    Of losses that were fitted, little but rounding may be left. Samples that influence each other do so elsewhere, too.
     """
+    error = _dependence(loss_of, leaves, samples, state, random, where)
+    if error is None:
+        return
+    with suppress(Exception):  # elsewhere there may be no loss
+        if (
+            _dependence(loss_of, elsewhere(leaves), samples, state, random, where, finite=True)
+            is None
+        ):
+            return
+    raise error
+
+
+def _dependence(
+    loss_of: LossOf,
+    leaves: Leaves,
+    samples: Samples,
+    state: RandomState,
+    random: bool,
+    where: str,
+    *,
+    finite: bool = False,
+) -> ArgumentError | None:
+    """Return what shows that samples influence each other, None if nothing does; raise if losses must be finite."""
     some = samples.some(LOOKED_AT)
     direction = fixed_normal(leaves)
     weights = fixed_normal((leaves[0].new_zeros(some.count),))[0].abs() + 0.5
     whole = some.restore(some.tensors)
     with looking(state):
         value = evaluated(lambda rules: loss_of(leaves, whole), forward=False, higher=False)
+    if finite and not bool(value.isfinite().all()):
+        raise ArithmeticError("the loss is not finite")
     each = value.shape == (some.count,)
     eps = max(torch.finfo(t.dtype).eps for t in (value, *leaves))
 
@@ -115,13 +145,13 @@ def refuse_dependent_losses(
     if random:
         half = (some.count + 1) // 2
         if not each or half == some.count:
-            return
+            return None
         kept = weights * (torch.arange(some.count, device=weights.device) < half)
         other = some.with_others_replaced(half)
         pair = [measured(part.restore(part.tensors), kept) for part in (some, other)]
         if not _near(pair[0], pair[1], pair[1].abs().sum(), eps):
-            raise ArgumentError(message(where, f"{MIXED}: others change their losses", _OUT))
-        return
+            return ArgumentError(message(where, f"{MIXED}: others change their losses", _OUT))
+        return None
     with looking(state):
         alone = vmap(
             lambda row: _measured(lambda at: loss_of(at, some.alone(row)).sum(), leaves, direction),
@@ -134,8 +164,8 @@ def refuse_dependent_losses(
             agree(value, alone[:, 0]) and _near(measured(whole, weights), expected, scale, eps)
         ):
             problem = f"{MIXED}: in the batch they have other losses than alone"
-            raise ArgumentError(message(where, problem, _OUT))
-        return
+            return ArgumentError(message(where, problem, _OUT))
+        return None
     half = some.count // 2
     parts = [slice(0, some.count), *([slice(0, half), slice(half, some.count)] if half else [])]
     numbers = [measured(some.batch(part), None) for part in parts]
@@ -144,7 +174,7 @@ def refuse_dependent_losses(
             _near(found, reduced(alone[part], 0), reduced(alone[part].abs(), 0).sum(), eps)
             for found, part in zip(numbers, parts, strict=True)
         ):
-            return
+            return None
     total, mean = float(alone[:, 0].sum()), float(alone[:, 0].mean())
     problem = (
         f"{MIXED}, or are weighted: the loss of {some.count} samples is {float(value):.6g}, neither the sum "
@@ -156,7 +186,7 @@ def refuse_dependent_losses(
         problem = (
             f"{missing} of {some.count} samples have a loss of NaN alone, as by ignored targets"
         )
-    raise ArgumentError(message(where, problem, "Return one loss a sample (reduction='none')"))
+    return ArgumentError(message(where, problem, "Return one loss a sample (reduction='none')"))
 
 
 _OUT = "Take out what looks at other samples"
@@ -269,6 +299,22 @@ def fixed_normal(likes: Sequence[Tensor]) -> Leaves:
         torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device, t.dtype)
         for t in likes
     )
+
+
+def elsewhere(at: Tree) -> Tree:
+    """Return a tree of random numbers as large as those that are there: nothing is fitted to them."""
+    leaves, unflatten = tree.flatten(at)
+    return unflatten(fixed_steps(leaves))
+
+
+def fixed_steps(likes: Sequence[Tensor]) -> Leaves:
+    """Return random numbers that are always the same, as large as the finite entries are that are not zero, or one."""
+    steps = []
+    for z, way in zip(likes, fixed_normal(likes), strict=True):
+        sizes = z.detach().abs()
+        sizes = sizes[sizes.isfinite() & (sizes > 0)]
+        steps.append(way * sizes.median() if sizes.numel() else way)
+    return tuple(steps)
 
 
 @contextmanager

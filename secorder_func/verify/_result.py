@@ -25,6 +25,16 @@ class Cause:
         What seems to be the matter, and what speaks for it.
     mend
         What to change.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import verify
+    >>> cause = verify(lambda p: (p.detach() ** 3).sum(), torch.ones(3))["dependence"].causes[0]
+    >>> cause.what
+    'detach() in the loss cuts it off from its parameters'
+    >>> cause.mend
+    'Take that out.'
     """
 
     what: str
@@ -49,6 +59,14 @@ class Check:
         The relative difference and how much of it is allowed, None where nothing is compared.
     causes
         The likely causes of a failure, likeliest first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import verify
+    >>> check = verify(lambda p: (p**3).sum(), torch.ones(3))["gradient"]
+    >>> check.passed, check.finding
+    (True, 'finite, of norm 5.2')
     """
 
     name: str
@@ -68,6 +86,14 @@ class Verification:
     ----------
     checks
         In the order in which they were made. A check that needs one that failed is not made.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from secorder_func import verify
+    >>> result = verify(lambda p: (p.detach() ** 3).sum(), torch.ones(3))
+    >>> bool(result), [check.name for check in result.failed]
+    (False, ['dependence'])
     """
 
     checks: tuple[Check, ...]

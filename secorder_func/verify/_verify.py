@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secorder_func import tree
+from secorder_func import running, tree
 from secorder_func.checks import check_callable, check_number, check_params
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.rules.inference import out_of_inference_mode
@@ -26,6 +26,9 @@ from secorder_func.verify._result import Check, Verification
 from secorder_func.verify._setting import Setting
 
 __all__ = ["verify"]
+
+_CHECKS = 12
+"""How many there are where all is well."""
 
 
 def verify(
@@ -110,7 +113,8 @@ def verify(
         detached = tree.map(Tensor.detach, params)
         start = RandomState.now(tree.flatten(params)[0])
         problem = Problem(f, detached, args, kwargs, start)
-        return Verification(tuple(_checks(problem, params, generator, rtol)))
+        with running.task(WHERE, _CHECKS, "checks"):
+            return Verification(tuple(_checks(problem, params, generator, rtol)))
 
 
 def _check_rest(params: Tree, generator: Any, rtol: Any) -> None:
@@ -139,6 +143,7 @@ def _checks(
     loss, value, found = values.finite_number(problem)
     end, ends = RandomState.now(problem.leaves), around.states()
     checks = [loss]
+    running.further(1)
     try:
         if value is not None and found is not None:
             checks += _further(problem, value, found, end, around, generator, rtol)
@@ -161,16 +166,19 @@ def _further(
 ) -> list[Check]:
     """Make the checks that need a value."""
     checks = [values.repeatability(problem, value, found.eps, around)]
+    running.further(1)
     if not checks[0].passed:
         return checks
     checks.append(values.randomness(problem, value, end))
+    running.further(1)
     generator = generator or torch.Generator().manual_seed(0)
     v, u = (_random_like(problem.leaves, generator) for _ in range(2))
     random = not values.same_state(problem.start, end)
     setting = Setting(problem, value, found, random, v, u, rtol)
     try:
         for check in _of_derivatives(setting):
-            checks.append(check)  # noqa: PERF402 - those before an error count
+            checks.append(check)
+            running.further(1)
     except Exception as error:
         means = "Every evaluation of the loss goes as the first one did."
         checks.append(Check("further checks", False, quoted(error), means))

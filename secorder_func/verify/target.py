@@ -5,14 +5,26 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from secorder_func.operators import Batches
 from secorder_func.verify._evidence import quoted
 
-__all__ = ["TargetError", "call_target", "current_folder_importable", "quoted"]
+__all__ = [
+    "BATCHES",
+    "TargetError",
+    "call_target",
+    "current_folder_importable",
+    "data_of",
+    "quoted",
+]
+
+BATCHES = "a tuple for one batch, a list of batches, a DataLoader, or Batches"
 
 
 class TargetError(Exception):
@@ -84,3 +96,23 @@ def current_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
+
+
+def data_of(rest: list[Any]) -> tuple[tuple[Any, ...] | None, Batches | None]:
+    """Return the one batch, or the batches: what a user's function returns behind a loss and its parameters.
+
+    Several items are the arguments of one batch, as are no items, a tuple, a tensor, a dict, a number. A list, a
+    loader and `Batches` are batches.
+    """
+    if len(rest) != 1:
+        return tuple(rest), None
+    (data,) = rest
+    if isinstance(data, Batches):
+        return None, data
+    if isinstance(data, tuple):
+        return data, None
+    if isinstance(data, (str, bytes)):
+        raise TypeError(f"the batches must be {BATCHES}, got {type(data).__name__}")
+    if isinstance(data, (Tensor, dict)) or not isinstance(data, Iterable):
+        return (data,), None
+    return None, Batches(data)

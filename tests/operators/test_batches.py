@@ -426,6 +426,16 @@ def test_weights_that_the_losses_contradict_are_refused() -> None:
         Batches(plain.parts, reduction="sum").hessian_operator(mean, params) @ params
 
 
+@pytest.mark.parametrize(("said", "meant"), [("mean", "sum"), ("sum", "mean")])
+def test_the_message_names_the_other_reduction_before_rarer_causes(said: Any, meant: str) -> None:
+    problem = Digits((4,), tokens=False)
+    f, params = functional_loss(problem.model, problem.loss(meant))
+    with pytest.raises(
+        ValueError, match=f"If the loss is a {meant}, pass reduction='{meant}'.*batch normalis"
+    ):
+        Batches(problem.parts, reduction=said).loss(f, params)
+
+
 def test_samples_that_influence_each_other_are_refused_unless_meant() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
@@ -691,6 +701,22 @@ def test_workers_give_the_same_data_at_every_pass() -> None:
     first, second = ([x.tolist() for (x,) in batches.read()] for _ in range(2))
     assert first == second
     assert sorted(number for numbers in first for number in numbers) == list(range(8))
+
+
+def test_what_little_is_left_of_a_fitted_loss_does_not_contradict_weights() -> None:
+    x = torch.linspace(50, 150, 90)
+
+    def loss(p: Tensor, x: Tensor) -> Tensor:  # of rounding, where it was fitted
+        return ((p * x - x).square() + 1000).mean() - 1000
+
+    batches = Batches([x[:40], x[40:]])
+    fitted = torch.tensor(1.0001)
+    assert 0 < abs(float(loss(fitted, x))) < 1e-3
+    product = batches.hessian_operator(loss, fitted) @ torch.ones(())
+    assert float(product) == pytest.approx(2 * float(x.double().square().mean()), rel=1e-5)
+    summed = batches.hessian_operator(lambda p, x: len(x) * loss(p, x), fitted)
+    with pytest.raises(ValueError, match="is not the mean"):
+        summed @ torch.ones(())
 
 
 def test_weights_that_only_later_batches_contradict_are_refused() -> None:

@@ -168,6 +168,22 @@ def module():
 def loss():
     return lambda p, x: torch.tanh(x @ p).square().mean(), torch.randn(4), torch.randn(8, 4)
 
+def loader():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randint(3, (8,)))
+    return nn.Linear(4, 3), F.cross_entropy, torch.utils.data.DataLoader(data, batch_size=5)
+
+def one_batch():
+    return nn.Linear(4, 3), F.cross_entropy, (torch.randn(8, 4), torch.randint(3, (8,)))
+
+def batches_of_loss():
+    return lambda p, x: torch.tanh(x @ p).square().mean(), torch.randn(4), [(torch.randn(8, 4),)]
+
+def of_a_dict():
+    return lambda p, d: (d["x"] @ p).square().mean(), torch.randn(4), {"x": torch.randn(8, 4)}
+
+def no_batches():
+    return nn.Linear(4, 3), F.cross_entropy, []
+
 def kink():
     return lambda p: p.relu().sum(), torch.zeros(3)
 
@@ -175,7 +191,7 @@ def nothing():
     pass
 
 def too_few():
-    return nn.Linear(4, 3), F.cross_entropy, torch.randn(8, 4)
+    return nn.Linear(4, 3), F.cross_entropy
 
 def only_f():
     return [lambda p: p.sum()]
@@ -207,7 +223,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("function", ["module", "loss"])
+@pytest.mark.parametrize(
+    "function", ["module", "loss", "loader", "one_batch", "batches_of_loss", "of_a_dict"]
+)
 def test_verify_of_a_good_problem_returns_zero(
     function: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,10 +267,11 @@ def test_verify_takes_a_tolerance_and_a_seed(
         ("user_problem:los", "user_problem has no function los. Did you mean loss?"),
         ("user_problem:value", "value must be a function without arguments, got int"),
         ("user_problem:raises", "raises ZeroDivisionError: division by zero\nin raises"),
-        ("user_problem:nothing", "must return (f, params, *args) or (model, loss_fn, inputs, targ"),
+        ("user_problem:nothing", "must return (f, params, *args) or (f, params, batches), or (m"),
         ("user_problem:not_callable", "got (Tensor, int)"),
-        ("user_problem:only_f", "must return (f, params, *args), got (function)"),
-        ("user_problem:too_few", "(model, loss_fn, inputs, targets), got (Linear, function, Ten"),
+        ("user_problem:only_f", "(f, params, *args) or (f, params, batches), got (function)"),
+        ("user_problem:too_few", "or (model, loss_fn, batches), got (Linear, function)"),
+        ("user_problem:no_batches", "there are no batches"),
         ("user_problem:frozen", "no parameter of the model requires a gradient"),
         ("user_problem:numbers", "verify: every leaf of params must be a tensor"),
     ],

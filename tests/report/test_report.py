@@ -20,7 +20,8 @@ from torch import nn
 
 import secorder_func
 from secorder_func.__main__ import main
-from secorder_func.report import measure
+from secorder_func.errors import ArgumentError
+from secorder_func.report import measure, write_report
 from secorder_func.report.finding import Number
 from secorder_func.report.outcome import Report
 from secorder_func.report.parts import PARTS
@@ -442,8 +443,11 @@ def test_without_eigenvectors_the_directions_are_random(
         ("report_problem.py:loss", "Write report_problem:loss, in the file's folder"),
         ("no_such_module:f", "there is no module no_such_module"),
         ("report_problem:los", "report_problem has no function los. Did you mean loss?"),
-        ("report_problem:number", "must return (f, params, batches) or (model, loss_fn, batches)"),
-        ("report_problem:only_module", "with a module the function must return"),
+        (
+            "report_problem:number",
+            "expected (f, params, batches) or (model, loss_fn, batches), got int",
+        ),
+        ("report_problem:only_module", "got (Linear, CrossEntropyLoss), a module without data"),
         ("report_problem:text", "the batches must be a tuple for one batch"),
         ("report_problem:no_batches", "there are no batches"),
         ("report_problem:vector_loss", "a tensor of one number, got shape (10,)"),
@@ -498,6 +502,85 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert code == 2
     assert (tmp_path / "report.html").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+# ------------------------------------------------------------------------------- from Python
+
+
+def test_from_python_it_is_the_same_report_and_prints_nothing(
+    tmp_path: Path, problem: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, of_command, _ = _run("module", tmp_path / "command", "--probes", "5")
+    capsys.readouterr()
+    torch.manual_seed(0)  # as the command does before it makes the model
+    model, loss_fn, loader = problem.module()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    page = write_report(
+        model,
+        loss_fn,
+        loader,
+        folder=tmp_path / "new" / "python",
+        title="a <small> model",
+        quick=True,
+        num_probes=5,
+    )
+    assert page == tmp_path / "new" / "python" / "report.html"
+    assert "Curvature of a &lt;small&gt; model" in page.read_text(encoding="utf-8")
+    numbers = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    for name in NAMES:
+        assert numbers["parts"][name]["numbers"] == of_command["parts"][name]["numbers"]
+    assert numbers["settings"] == of_command["settings"]
+    assert capsys.readouterr() == ("", "")
+    assert all(bool((p == before[name]).all()) for name, p in model.state_dict().items())
+
+
+def test_from_python_a_loss_has_the_name_of_its_function(tmp_path: Path, problem: Any) -> None:
+    page = write_report(*problem.loss(), folder=str(tmp_path), quick=True)
+    assert "Curvature of squares" in page.read_text(encoding="utf-8")
+
+
+def test_from_python_bad_input_is_an_argument_error(tmp_path: Path, problem: Any) -> None:
+    model, loss_fn, loader = problem.module()
+    with pytest.raises(ArgumentError, match=r"write_report: expected \(f, params, batches\) or"):
+        write_report(3, loss_fn, loader, folder=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="write_report: the batches must be a tuple for one"):
+        write_report(model, loss_fn, "data", folder=tmp_path)
+    with pytest.raises(ArgumentError, match="num_probes must be at least 1, got 0"):
+        write_report(model, loss_fn, loader, folder=tmp_path, num_probes=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_python_a_part_that_fails_warns_and_the_others_go_on(
+    tmp_path: Path, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secorder_func.report.parts import spectrum
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no eigenvalues today")
+
+    monkeypatch.setattr(spectrum, "eigsh", fails)
+    with pytest.warns(UserWarning, match="eigenvalues failed.*no eigenvalues today") as caught:
+        page = write_report(*problem.module(), folder=tmp_path, quick=True)
+    assert caught[0].filename == __file__
+    assert "A slice of the loss surface" in page.read_text(encoding="utf-8")
+
+
+def test_from_python_ctrl_c_leaves_a_partial_report_and_is_raised(
+    tmp_path: Path, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secorder_func.report.parts import spectrum
+
+    right = spectrum.eigsh
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return right(*args, **options)
+
+    monkeypatch.setattr(spectrum, "eigsh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(*problem.module(), folder=tmp_path, quick=True)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Interrupted: this report is partial." in page
 
 
 # ------------------------------------------------------------------------------------ Ctrl-C
