@@ -67,8 +67,9 @@ bench: $(VENV)/.bench ## measure against the gradient and the other packages
 	@$(BIN)/python -m bench
 	@$(BIN)/python docs/ratios.py
 
-pictures: $(VENV)/.report ## draw the picture of the README
+pictures: $(VENV)/.report ## draw the picture of the README and the report that the site shows
 	@$(BIN)/python docs/pictures.py
+	@$(BIN)/python -m secorder_func report --output docs/assets/report
 
 bench-quick: $(VENV)/.bench ## the same on small problems, to see that it runs
 	@$(BIN)/python -m bench --quick

@@ -6,8 +6,10 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,44 @@ def test_every_public_function_is_annotated_throughout(name: str) -> None:
 def test_every_name_of_the_public_modules_exists_and_is_documented(module: Any) -> None:
     for name in module.__all__:
         assert inspect.getdoc(getattr(module, name)), name
+
+
+def _on_the_api_pages() -> list[Any]:
+    """Return what the lines `::: name` of docs/api/ show; of a module its members, or those of `members: [...]`."""
+    shown = []
+    for page in sorted((Path(__file__).parents[1] / "docs" / "api").glob("*.md")):
+        for name, options in re.findall(r"^::: (\S+)((?:\n +.*)*)", page.read_text(), re.MULTILINE):
+            thing = pkgutil.resolve_name(name)
+            chosen = re.search(r"members: \[(.*)\]", options)
+            members = chosen[1].split(", ") if chosen else getattr(thing, "__all__", [])
+            shown += [thing, *(getattr(thing, member) for member in members)]
+    return shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "checks",
+        "compat",
+        "errors",
+        "lightning_callback",
+        "nn",
+        "report.plots",
+        "report.surfaces",
+        "taylor",
+        "tracker",
+        "transforms.likelihoods",
+        "tree",
+        "verify",
+    ],
+)
+def test_every_public_name_is_on_a_page_of_the_api(name: str) -> None:
+    module = pytest.importorskip(f"secorder_func.{name}".rstrip("."), exc_type=ImportError)
+    shown = _on_the_api_pages()
+    # A module is there by its names. What is no function or class is a table or an alias.
+    public = [n for n in module.__all__ if callable(getattr(module, n))]
+    assert [n for n in public if getattr(module, n) not in shown] == []
 
 
 @pytest.mark.parametrize("name", _modules())
