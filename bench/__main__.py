@@ -28,6 +28,7 @@ QUESTIONS = (
     "per_sample_curvature",
     "ggn",
     "estimators",
+    "choice",
     "memory",
     "growth",
     "data_growth",

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, NullLocator
 
-__all__ = ["bars", "by_processes", "decays", "lines", "speedups"]
+__all__ = ["bars", "by_processes", "decays", "kinds", "lines", "speedups"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
@@ -52,9 +52,7 @@ def _legend(figure: Any, wrong: bool) -> None:
 
 def bars(problems: Sequence[dict[str, Any]], path: Path, *, key: str, label: str) -> None:
     """Draw a panel a problem, a bar a candidate: the median with its quartiles, or one number."""
-    names = list(dict.fromkeys(r["name"] for p in problems for r in p["candidates"] if key in r))
-    if key != "peak_mib":
-        names.remove("gradient")
+    names = _names(problems, key)
     columns = min(4, len(problems))
     rows = -(-len(problems) // columns)
     with plt.rc_context(_STYLE):
@@ -69,6 +67,27 @@ def bars(problems: Sequence[dict[str, Any]], path: Path, *, key: str, label: str
         figure.supxlabel(label)
         records = [r for p in problems for r in p["candidates"]]
         _legend(figure, any(not r.get("right", True) for r in records))
+        _save(figure, path)
+
+
+def _names(problems: Sequence[dict[str, Any]], key: str) -> list[str]:
+    names = list(dict.fromkeys(r["name"] for p in problems for r in p["candidates"] if key in r))
+    return [name for name in names if name != "gradient" or key == "peak_mib"]
+
+
+def kinds(groups: Sequence[Sequence[dict[str, Any]]], path: Path, *, key: str, label: str) -> None:
+    """Draw a row of panels a kind of problems, with the candidates of that kind and no others."""
+    names = [_names(group, key) for group in groups]
+    heights = [0.6 + 0.2 * len(own) for own in names]
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(8.6, sum(heights)), layout="constrained")
+        rows = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for row, group, own in zip(rows, groups, names, strict=True):
+            axes = row.subplots(1, len(group), sharey=True, squeeze=False)[0]
+            for axis, problem in zip(axes, group, strict=True):
+                _panel(axis, problem, own, key)
+        figure.supxlabel(label)
+        _legend(figure, wrong=False)
         _save(figure, path)
 
 

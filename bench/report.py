@@ -23,12 +23,18 @@ _HEAD = """# Performance
 <!-- Written by `python -m bench.report` from bench/results; change that, not this page. -->
 
 The unit is one plain gradient, `torch.autograd.grad`, of the same loss on the same machine in the same process,
-so that numbers of different machines can be compared, roughly. Each entry is the median over rounds in which all
-candidates take turns, with the quartiles behind it. Before anything is timed, every candidate's answer is compared
-with one in float64 by plain autograd; what was wrong says so, and the largest other error stands under the table. Run
-it with `make bench`. A file of `bench/` answers one question; its docstring has what was expected before the first run.
-Bold rows are ours.
+so that numbers of different machines can be compared, roughly.
 """
+
+_METHOD = """## Models and method
+
+Each entry is the median over rounds in which all candidates take turns, with the quartiles below it. Before anything
+is timed, every candidate's answer is compared with one in float64 by plain autograd; what was wrong says so, and the
+largest other error stands under the table. Run it with `make bench`. A file of `bench/` answers one question; its
+docstring has what was expected before the first run. Bold rows are ours.
+"""
+
+_IN_GRADIENTS = "In gradients, the median above its quartiles; less is better."
 
 Result = dict[str, Any]
 
@@ -45,7 +51,7 @@ class Section:
 
 def _products(result: Result, section: Section) -> list[str]:
     problems = result["problems"]
-    lines = ["In gradients; less is better.", "", *tables.table(problems, tables.in_gradients), ""]
+    lines = [_IN_GRADIENTS, "", *tables.table(problems, tables.in_gradients), ""]
     right = [r for p in problems for r in p["candidates"] if r.get("right") and "gradients" in r]
     if "tolerance" not in problems[0]:  # the answers are numbers without noise
         largest = max(record["relative_error"] for record in right)
@@ -60,8 +66,11 @@ def _trace(result: Result, section: Section) -> list[str]:
     lines = _products(result, section)
     lines += ["Seconds to a standard error of 5% of the trace:", ""]
     lines += [*tables.table(problems, tables.fact("seconds_to_target")), ""]
-    lines += ["| | " + " | ".join(p["name"] for p in problems) + " |"]
-    lines += ["|---|" + "---|" * len(problems)]
+    lines += [
+        "What that takes: the trace, with the standard error of the reference, and its probes.",
+        "",
+        *tables.head([p["name"] for p in problems]),
+    ]
     traces = [f"{p['trace']:.3g} ± {p['standard_error']:.1g}" for p in problems]
     rows = {
         "trace": traces,
@@ -71,27 +80,41 @@ def _trace(result: Result, section: Section) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
 
-def _forms(result: Result, section: Section) -> list[str]:
+_FORMS = {
+    "samples": "The forms of all samples, in gradients of the batch",
+    "ggn": "The trace of a Gauss-Newton matrix, in gradients a probe",
+    "tiny": "The trace of a tiny model's Hessian, in gradients a probe",
+    "laplacian": "A Laplacian, in gradients in the points",
+    "chunk": "The trace of a Hessian by the size of a chunk, in gradients a probe",
+}
+_GROWN = {
+    "probes": "By the number of probes",
+    "stack": "By width, depth and batch of an MLP",
+    "gpt-": "By the length of a sequence",
+}
+
+
+def _kinds(result: Result) -> list[list[dict[str, Any]]]:
+    """Return the problems of every kind of forms."""
     problems = result["problems"]
+    return [[p for p in problems if p["name"].split()[0] == kind] for kind in _FORMS]
+
+
+def _forms(result: Result, section: Section) -> list[str]:
     lines = [*_notes(result)]
-    for kind in ("samples", "ggn", "tiny", "laplacian", "chunk"):
-        some = [p for p in problems if p["name"].split()[0] == kind]
-        lines += ["In gradients; less is better.", "", *tables.table(some, tables.in_gradients), ""]
-        lines += tables.left_out(some)
+    for title, some in zip(_FORMS.values(), _kinds(result), strict=True):
+        rows = tables.table(some, tables.in_gradients)
+        lines += [f"{title}; less is better:", "", *rows, "", *tables.left_out(some)]
     return lines
 
 
 def _trace_growth(result: Result, section: Section) -> list[str]:
     lines = [*_notes(result)]
-    for kind in ("probes", "stack", "gpt-"):
+    for kind, title in _GROWN.items():
         some = [p for p in result["problems"] if kind in p["name"]]
         if some:
-            lines += [
-                "In gradients; less is better.",
-                "",
-                *tables.table(some, tables.in_gradients),
-                "",
-            ]
+            rows = tables.table(some, tables.in_gradients)
+            lines += [f"{title}, in gradients; less is better:", "", *rows, ""]
     some = [p for p in result["problems"] if p["name"].startswith("memory")]
     if some:
         rows = tables.table(some, tables.fact("peak_mib"), names=lambda record: True)
@@ -134,13 +157,13 @@ def _per_sample_curvature(result: Result, _: Section) -> list[str]:
         text = f"{p['description']}; {p['parameters']:,} parameters; a gradient takes {ms:.3g} ms"
         lines.append(f"- **{name}**: {text}")
     lines += ["", "How many times as long loops take, of our operators and of plain PyTorch:", ""]
-    lines += ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    lines += tables.head(models)
     for task in tasks:
         cells = [tables.loops(by[name, task]) for name in models]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     for task in tasks:
         some = [by[name, task] for name in models]
-        lines += ["", f"`{task}`, in gradients of the batch; less is better.", ""]
+        lines += ["", f"`{task}`, in gradients of the batch; less is better:", ""]
         lines += tables.table(some, tables.in_gradients)
     lines += ["", *tables.left_out(problems)]
     right = [r for p in problems for r in p["candidates"] if r.get("right")]
@@ -165,18 +188,21 @@ def _estimators(result: Result, _: Section) -> list[str]:
 
     def stated(record: dict[str, Any]) -> str:
         pairs = zip(record["standard_errors"], record["errors"], strict=True)
-        return " · ".join(f"{said / true:.2f}" for said, true in pairs)
+        return tables.in_pairs([f"{said / true:.2f}" for said, true in pairs])
 
-    adaptive = "Products to {:.0%} (median); share of the runs that are as near, and of 95 % intervals that hold:"
+    adaptive = "Products to {:.0%} (median); below, the share of runs as near, and of 95 % intervals that hold:"
     parts: list[tuple[str, list[str]]] = [
         (
             f"Relative error over {problems[0]['seeds']} seeds, with as many products as above:",
-            tables.table(problems, tables.series("errors"), names=lambda r: True),
+            tables.table(problems, tables.series("errors"), names=lambda r: True, several=True),
         ),
-        ("Stated standard error over the error:", tables.table(problems, stated, names=ours)),
+        (
+            "Stated standard error over the error:",
+            tables.table(problems, stated, names=ours, several=True),
+        ),
         (
             "Share of 95 % intervals that hold the truth:",
-            tables.table(problems, tables.series("coverage", ".0%"), names=ours),
+            tables.table(problems, tables.series("coverage", ".0%"), names=ours, several=True),
         ),
         (
             "How the error falls: power of the number of products, or factor a product, and theory's:",
@@ -242,6 +268,148 @@ SECTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of the summary: one of ours beside one of another package, in a section."""
+
+    section: str
+    label: str
+    ours: str
+    peer: str
+    key: str = "gradients"
+
+
+SUMMARY = (
+    Line("single_product", "a product", "hvp", "torch-secorder exact_hvp"),
+    Line(
+        "single_product",
+        "a product, operator kept",
+        "hessian_operator @ v, made before",
+        "PyHessian-style, graph made before",
+    ),
+    Line(
+        "k_products",
+        "one of many products",
+        "hessian_operator.mm(V)",
+        "loop of torch-secorder exact_hvp",
+    ),
+    Line(
+        "trace",
+        "a probe of a trace",
+        "hutchinson_trace, operator made before",
+        "torch-secorder hessian_trace",
+    ),
+    Line(
+        "per_sample",
+        "a product for every sample",
+        "vmap(hvp)",
+        "loop of torch-secorder exact_hvp",
+    ),
+    Line("ggn", "a Gauss-Newton product", "ggnvp", "BackPACK ggn_vector_product"),
+    Line(
+        "ggn",
+        "a Gauss-Newton product, operator kept",
+        "ggn_operator @ v, made before",
+        "curvlinops GGN @ v, made before",
+    ),
+    Line("memory", "memory of a product", "hvp", "torch-secorder exact_hvp", "peak_mib"),
+)
+
+
+_EVEN = 1.05
+"""Ratios up to this one count as even."""
+
+
+def _summary(found: dict[Section, Result]) -> list[str]:
+    """Return what ours cost beside one other package, where others are faster, and what follows."""
+    by_name = {section.name: (section, result) for section, result in found.items()}
+    rows = [
+        _summary_row(line, *by_name[line.section]) for line in SUMMARY if line.section in by_name
+    ]
+    faster = [row for section, result in found.items() for row in _faster(section, result)]
+    lines = ["## In short", ""]
+    if any(rows):
+        lines += [
+            "What ours takes in gradients (memory: in the memory of a gradient), the least and the most of all",
+            "models. Beside it the ratio to another package's way, below 1 where ours takes less, and the models",
+            f"on which it takes more. Up to {_EVEN} counts as even.",
+            "",
+            "| | ours | gradients | beside | ours / theirs | takes more on |",
+            "|---|---|---:|---|---:|---|",
+            *filter(None, rows),
+            "",
+        ]
+    if faster:
+        lines += [
+            "Others that are right and faster than all of ours, and how many times:",
+            "",
+            "| | faster | times | on |",
+            "|---|---|---:|---|",
+            *faster,
+            "",
+        ]
+    listed = [f"- {_link(section, section.title)}: {r['question']}" for section, r in found.items()]
+    return [*lines, "The sections, and what each one asks:", "", *listed, ""]
+
+
+def _summary_row(line: Line, section: Section, result: Result) -> str:
+    costs, ratios = {}, {}
+    for p in result["problems"]:
+        ours, peer = tables.named(p, line.ours), tables.named(p, line.peer)
+        if ours and peer and line.key in ours and line.key in peer:
+            unit = p["candidates"][0]
+            costs[p["name"]] = _middle(ours, line.key) / _middle(unit, line.key)
+            ratios[p["name"]] = _over(ours, peer, line.key)
+    if not ratios:
+        return ""
+    more = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if round(ratio, 2) > _EVEN]
+    cells = [
+        _link(section, line.label),
+        f"`{line.ours.partition(', ')[0]}`",
+        tables.extent(costs),
+        line.peer.partition(", ")[0],
+        tables.extent(ratios),
+        ", ".join(more) or "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _middle(record: dict[str, Any], key: str) -> float:
+    value = record[key]
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def _over(ours: dict[str, Any], peer: dict[str, Any], key: str) -> float:
+    """Return the ratio that was measured in turns, or that of the numbers."""
+    if key == "gradients" and peer["name"] in ours.get("relative_to_peers", {}):
+        return float(ours["relative_to_peers"][peer["name"]])
+    return _middle(ours, key) / _middle(peer, key)
+
+
+def _faster(section: Section, result: Result) -> list[str]:
+    """Return a row for everybody who is faster than all of ours somewhere."""
+    if not section.versus and section.name != "per_sample_curvature":
+        return []
+    times: dict[str, dict[str, float]] = {}
+    for p in result["problems"]:
+        right = [r for r in p["candidates"] if r.get("right") and "gradients" in r]
+        best = min((_middle(r, "gradients") for r in right if not r["peer"]), default=0.0)
+        on = f"{p['task']} {p['name']}" if "task" in p else p["name"]
+        for r in right:
+            fold = best / _middle(r, "gradients")
+            if r["peer"] and round(fold, 2) > _EVEN:
+                times.setdefault(r["name"], {})[on] = fold
+    start = _link(section, section.title)
+    return [
+        f"| {start} | {name} | {tables.span(on.values())} | {', '.join(on)} |"
+        for name, on in times.items()
+    ]
+
+
+def _link(section: Section, text: str) -> str:
+    return f"[{text}](#{section.title.lower().replace(' ', '-')})"
+
+
 def write_page(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES) -> None:
     """Write the page and the figures of all results that are there."""
     found = {
@@ -249,7 +417,7 @@ def write_page(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES
         for section in SECTIONS
         if (results / f"{section.name}.json").exists()
     }
-    parts = [_HEAD, _problems(list(found.values()))]
+    parts = [_HEAD, "\n".join(_summary(found)), _METHOD, _problems(list(found.values()))]
     for section, result in found.items():
         figure = images / f"{section.name}.svg"
         _draw(section, result, figure)
@@ -265,6 +433,8 @@ def _draw(section: Section, result: Result, path: Path) -> None:
     if section.name == "trace_growth":
         timed = [p for p in problems if "gradients" in p["candidates"][-1]]
         plots.bars(timed, path, key="gradients", label="gradients; less is better")
+    elif section.name == "forms":
+        plots.kinds(_kinds(result), path, key="gradients", label="gradients; less is better")
     elif section.name == "estimators":
         plots.decays(problems, path)
     elif section.name == "per_sample_curvature":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = [
@@ -10,15 +10,19 @@ __all__ = [
     "by_processes",
     "drop_in_rows",
     "exponents",
+    "extent",
     "fact",
+    "head",
     "in_gradients",
     "in_mib",
+    "in_pairs",
     "left_out",
     "loops",
     "named",
     "rate",
     "sent",
     "series",
+    "span",
     "speed",
     "table",
     "to_one",
@@ -34,16 +38,23 @@ def named(problem: Problem, name: str) -> Record | None:
     return next((r for r in problem["candidates"] if r["name"] == name), None)
 
 
+def head(columns: list[str], first: str = "", *, several: bool = False) -> list[str]:
+    """Return the first two lines of a table: names, then numbers, which stand right if a cell has one."""
+    start = f"| {first} |" if first else "| |"
+    side = "---|" if several else "---:|"
+    return [f"{start} {' | '.join(columns)} |", "|---|" + side * len(columns)]
+
+
 def table(
     problems: list[Problem],
     cell: Callable[[Record], str],
     *,
     names: Callable[[Record], bool] = lambda record: record["name"] != "gradient",
+    several: bool = False,
 ) -> list[str]:
-    """Return a row a candidate, ours bold, a column a problem."""
+    """Return a row a candidate, ours bold, a column a problem; a cell may have several numbers."""
     rows = {r["name"]: r for p in problems for r in p["candidates"] if names(r)}
-    lines = ["| | " + " | ".join(p["name"] for p in problems) + " |"]
-    lines += ["|---|" + "---|" * len(problems)]
+    lines = head([p["name"] for p in problems], several=several)
     for name, first in rows.items():
         records = [named(p, name) for p in problems]
         cells = ["-" if r is None or "left_out" in r else cell(r) for r in records]
@@ -52,18 +63,38 @@ def table(
 
 
 def _label(name: str, peer: bool) -> str:
-    return name if name == "gradient" else f"{name} (other)" if peer else f"**{name}**"
+    shown = name.replace("_over_", "_over_<wbr>")  # where a long mode may be broken
+    return shown if name == "gradient" else f"{shown} (other)" if peer else f"**{shown}**"
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits, or all that stand before its point."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def _ratio(value: float) -> str:
+    """Return a ratio with two places, or fewer where it is large."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 99.5 else f"{value:,.0f}"
+
+
+def _below(number: str, remark: str) -> str:
+    """Return a cell of two lines, the second one smaller."""
+    return f"{number}<br><small>{remark}</small>"
 
 
 def _wrong(record: Record) -> str:
-    return "" if record.get("right", True) else f"; **wrong by {record['relative_error']:.1%}**"
+    right = record.get("right", True)
+    return "" if right else f"<br><small>**wrong by {record['relative_error']:.1%}**</small>"
+
+
+def _median(ratio: dict[str, float]) -> str:
+    low, high = _ratio(ratio["lower_quartile"]), _ratio(ratio["upper_quartile"])
+    return _below(_ratio(ratio["median"]), f"{low}–{high}")
 
 
 def in_gradients(record: Record) -> str:
     """Return the median with its quartiles."""
-    ratio = record["gradients"]
-    spread = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
-    return f"{ratio['median']:.2f} ({spread}){_wrong(record)}"
+    return _median(record["gradients"]) + _wrong(record)
 
 
 def against(peer: str) -> Callable[[Record], str]:
@@ -78,28 +109,48 @@ def against(peer: str) -> Callable[[Record], str]:
 
 def in_mib(record: Record) -> str:
     """Return the peak, and what the call adds where a budget was given."""
-    peak = f"{record['peak_mib']:.3g}{_wrong(record)}"
+    peak = _short(record["peak_mib"])
     if "budget_mib" not in record:
-        return peak
+        return peak + _wrong(record)
     inside = "inside" if record["inside_budget"] else "**outside**"
-    return f"{peak}; adds {record['added_mib']:.3g}, {inside} {record['budget_mib']:.0f}"
+    added = f"adds {record['added_mib']:.3g}, {inside} {record['budget_mib']:.0f}"
+    return _below(peak, added) + _wrong(record)
 
 
-def fact(name: str, form: str = ".3g") -> Callable[[Record], str]:
+def span(numbers: Iterable[float]) -> str:
+    """Return the least and the most of some numbers."""
+    ends = sorted(numbers)
+    low, high = _ratio(ends[0]), _ratio(ends[-1])
+    return low if low == high else f"{low}–{high}"
+
+
+def extent(numbers: dict[str, float]) -> str:
+    """Return the least and the most of some numbers, and below what they are of."""
+    low = min(numbers, key=lambda name: numbers[name])
+    high = max(numbers, key=lambda name: numbers[name])
+    return _below(span(numbers.values()), low if low == high else f"{low}, {high}")
+
+
+def fact(name: str) -> Callable[[Record], str]:
     """Return the cell of one entry of a record."""
 
     def cell(record: Record) -> str:
         value = record.get(name)
         if isinstance(value, bool):
             return "yes" if value else "no"
-        return "-" if value is None else f"{value:{form}}"
+        return "-" if value is None else _short(value)
 
     return cell
 
 
 def series(key: str, form: str = ".2g") -> Callable[[Record], str]:
     """Return the cell of the numbers of a record, one for every count of products."""
-    return lambda record: " · ".join(f"{value:{form}}" for value in record[key])
+    return lambda record: in_pairs([f"{value:{form}}" for value in record[key]])
+
+
+def in_pairs(numbers: list[str]) -> str:
+    """Return a cell of several numbers, two in a line."""
+    return "<br>".join(" · ".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2))
 
 
 def rate(record: Record) -> str:
@@ -116,9 +167,10 @@ def to_tolerance(rtol: float) -> Callable[[Record], str]:
     def cell(record: Record) -> str:
         found = next(a for a in record["adaptive"] if a["rtol"] == rtol)
         if not found["converged"]:
-            return f"not within {found['products']:,}"
+            return _below("-", f"not within {found['products']:,}")
         part = "" if found["converged"] == 1 else f"{found['converged']:.0%} stopped; "
-        return f"{part}{found['products']:,}; {found['within']:.0%}, {found['coverage']:.0%}"
+        shares = f"{part}{found['within']:.0%}, {found['coverage']:.0%}"
+        return _below(f"{found['products']:,}", shares)
 
     return cell
 
@@ -147,8 +199,7 @@ def exponents(axes: list[dict[str, Any]], kind: str) -> list[str]:
     """Return a row a candidate, a column an axis of growth."""
     grown = [axis for axis in axes if axis[kind]]
     names = {line["name"]: line["peer"] for axis in grown for line in axis[kind]}
-    lines = [f"| {kind} | " + " | ".join(axis["name"] for axis in grown) + " |"]
-    lines += ["|---|" + "---|" * len(grown)]
+    lines = head([axis["name"] for axis in grown], kind)
     for name, peer in names.items():
         cells = []
         for axis in grown:
@@ -163,7 +214,7 @@ def by_processes(problems: list[Problem], cell: Callable[[Record], str]) -> list
     """Return a row for what is computed and what is shared, a column a number of processes."""
     grouped = [(p, r) for p in problems for r in p["candidates"] if r["shared"]]
     counts = sorted({r["processes"] for _, r in grouped})
-    lines = ["| | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+    lines = head([str(count) for count in counts])
     rows: dict[str, dict[int, str]] = {}
     for p, r in grouped:
         rows.setdefault(f"{p['name']}, {r['shared']} shared", {})[r["processes"]] = cell(r)
@@ -174,15 +225,14 @@ def by_processes(problems: list[Problem], cell: Callable[[Record], str]) -> list
 
 def to_one(record: Record) -> str:
     """Return the time relative to one process, with its quartiles."""
-    ratio = record["to_one"]
-    return f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})"
+    return _median(record["to_one"])
 
 
 def sent(record: Record) -> str:
     """Return the messages of a call and their bytes."""
     size = record["bytes"]
     shown = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size:,} B"
-    return f"{record['calls']}; {shown}"
+    return _below(str(record["calls"]), shown)
 
 
 def speed(measured: Problem) -> float:
@@ -195,7 +245,7 @@ def drop_in_rows(problems: list[Problem]) -> list[str]:
     """Return a row a function of the drop-in, beside the package's."""
     lines = [
         "| | on | ours | torch-secorder | times as fast | error |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for measured in problems:
         ours, package = (r for r in measured["candidates"] if r["name"] != "gradient")
@@ -203,8 +253,8 @@ def drop_in_rows(problems: list[Problem]) -> list[str]:
         cells = [
             f"`{name}`{comma}{rest}",
             measured["problem"],
-            f"{ours['milliseconds']['median']:.3g}",
-            f"{package['milliseconds']['median']:.3g}",
+            _short(ours["milliseconds"]["median"]),
+            _short(package["milliseconds"]["median"]),
             f"{speed(measured):.3g}",
             f"{ours['relative_error']:.0e}",
         ]

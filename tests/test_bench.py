@@ -279,6 +279,56 @@ def test_the_page_says_what_was_wrong_and_what_was_left_out(tiny: Problem, tmp_p
     assert "(images/single_product.svg)" in text
 
 
+def _record(
+    name: str, gradients: float, *, right: bool = True, ratio: float = 1.0
+) -> dict[str, Any]:
+    quartiles = {"lower_quartile": gradients, "median": gradients, "upper_quartile": gradients}
+    return {
+        "name": name,
+        "peer": name != "hvp",
+        "gradients": quartiles,
+        "right": right,
+        "relative_error": 1e-7 if right else 1.0,
+        "relative_to_peers": {"torch-secorder exact_hvp": ratio},
+    }
+
+
+def _two_models(tiny: Problem) -> dict[str, Any]:
+    answer = _answer(tiny)
+    (first,) = answer["problems"]
+    unit = first["candidates"][0]
+    faster, wrong = _record("a compiler", 1.5), _record("quick and wrong", 0.1, right=False)
+    records = {
+        "tiny": [_record("hvp", 3, ratio=1.5), _record("torch-secorder exact_hvp", 2.5), faster],
+        "deep": [_record("hvp", 2, ratio=0.5), _record("torch-secorder exact_hvp", 4), wrong],
+    }
+    problems = [
+        {**first, "name": name, "candidates": [{**unit, "gradients": {"median": 1}}, *own]}
+        for name, own in records.items()
+    ]
+    return {**answer, "problems": problems}
+
+
+def test_the_page_begins_with_what_ours_costs_and_where_it_is_slower(
+    tiny: Problem, tmp_path: Path
+) -> None:
+    write(tmp_path / "single_product.json", _two_models(tiny))
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    short = (tmp_path / "page.md").read_text().partition("## Models")[0]
+    (row,) = (line for line in short.splitlines() if "| `hvp` |" in line)
+    assert "| 2.00–3.00<br><small>deep, tiny</small> | torch-secorder exact_hvp |" in row
+    assert "| 0.50–1.50<br><small>deep, tiny</small> | tiny 1.50 |" in row  # as they were measured
+
+
+def test_the_page_says_who_is_faster_than_all_of_ours(tiny: Problem, tmp_path: Path) -> None:
+    write(tmp_path / "single_product.json", _two_models(tiny))
+    report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
+    short = (tmp_path / "page.md").read_text().partition("## Models")[0]
+    assert "| a compiler | 2.00 | tiny |" in short
+    assert "| torch-secorder exact_hvp | 1.20 | tiny |" in short
+    assert "quick and wrong" not in short
+
+
 def _estimators_answer(tiny: Problem) -> dict[str, Any]:
     spectrum = _exponential()
     hutchinson = estimators.Estimator(hutchinson_trace, torch.trace, "no_such_function")
@@ -338,9 +388,9 @@ def test_the_page_says_what_processes_send(tiny: Problem, tmp_path: Path) -> Non
     write(tmp_path / "processes.json", answer)
     report.write_page(tmp_path, tmp_path / "page.md", tmp_path)
     text = (tmp_path / "page.md").read_text()
-    assert "| **trace, data shared** | 1.00 (0.90 to 1.10) |" in text
-    assert "| **trace, data shared** | 21; 32.8 MB |" in text
-    assert "| **trace, vectors shared** | 21; 126 B |" in text
+    assert "| **trace, data shared** | 1.00<br><small>0.90–1.10</small> |" in text
+    assert "| **trace, data shared** | 21<br><small>32.8 MB</small> |" in text
+    assert "| **trace, vectors shared** | 21<br><small>126 B</small> |" in text
     assert (tmp_path / "processes.svg").exists()
 
 

@@ -64,6 +64,24 @@ _TOO_WIDE = """
 """
 
 
+# Rendered formulas, and what should have been one: with KaTeX's mark of an error, or as it was written.
+_FORMULAS = """
+() => {
+  const article = document.querySelector("article") ?? document.body
+  const written = element => {
+    const copy = element.cloneNode(true)
+    copy.querySelectorAll("code, pre, script, .katex").forEach(e => e.remove())
+    return copy.textContent
+  }
+  const failed = [...article.querySelectorAll(".katex-error")].map(e => e.textContent)
+  const left = [...article.querySelectorAll("p, li, td, th, h1, h2, h3")]
+    .map(written)
+    .filter(text => /\\\\[(\\[]|\\$[^$\\s][^$]*\\$/.test(text))
+  return [article.querySelectorAll(".katex").length, [...failed, ...left]]
+}
+"""
+
+
 @dataclass
 class Visit:
     """An open page, and everything that went wrong on it so far."""
@@ -83,6 +101,16 @@ class Visit:
         loaded = "() => [...document.images].every(i => i.complete)"
         self.page.wait_for_function(loaded)
         return list(self.page.evaluate(_NOT_LOADED))
+
+    def forget(self) -> None:
+        """Begin to record anew, for another page."""
+        self.outside.clear()
+        self.complaints.clear()
+
+    def formulas(self) -> tuple[int, list[str]]:
+        """Return how many formulas are rendered, and the texts in which one is not."""
+        count, unrendered = self.page.evaluate(_FORMULAS)
+        return int(count), [text.strip()[:80] for text in unrendered]
 
     def too_wide(self) -> list[str]:
         """Return what makes the page scroll sideways."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urldefrag
-from urllib.request import urlopen
+from urllib.parse import DefragResult, unquote, urldefrag
 
 import pytest
 
@@ -32,8 +33,8 @@ TEXT = "article p, article li, article td, article th, article a:not(.headerlink
 
 
 @pytest.fixture(scope="module")
-def site(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Build the site into a temporary folder and serve it."""
+def built(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site into a temporary folder."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
@@ -46,29 +47,91 @@ def site(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    with served(folder) as origin:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(built: Path) -> Iterator[str]:
+    """Serve the built site."""
+    with served(built) as origin:
         yield origin
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_page_asks_nobody_else_and_has_all_that_it_asks_for(
-    browser: Any, site: str, path: str
-) -> None:
-    with visiting(browser, site) as visit:
-        visit.go(path)
-        assert visit.not_loaded() == []
-        assert visit.outside == []
-        assert visit.complaints == []
+@dataclass
+class Sight:
+    """What one visit to a page showed, on a phone."""
+
+    path: str
+    not_loaded: list[str]
+    outside: list[str]
+    complaints: list[str]
+    too_wide: list[str]
+    formulas: int
+    unrendered: list[str]
+    links: set[str]
 
 
-@pytest.mark.parametrize("path", WITH_MATHS)
-def test_formulas_are_rendered(browser: Any, site: str, path: str) -> None:
-    with visiting(browser, site) as visit:
-        visit.go(path)
-        assert visit.page.locator("article .katex").count() > 0
-        assert visit.page.locator("article .katex-error").count() == 0
-        unrendered = "e => [...e].filter(s => !s.querySelector('.katex')).map(s => s.textContent)"
-        assert visit.page.locator("article .arithmatex").evaluate_all(unrendered) == []
+@pytest.fixture(scope="module")
+def sights(browser: Any, built: Path, site: str) -> list[Sight]:
+    """Visit every page of the site once."""
+    found = []
+    with visiting(browser, site, width=PHONE) as visit:
+        for path in pages_of(built):
+            visit.forget()
+            visit.go(path)
+            formulas, unrendered = visit.formulas()
+            found.append(
+                Sight(
+                    path,
+                    visit.not_loaded(),
+                    list(visit.outside),
+                    list(visit.complaints),
+                    visit.too_wide(),
+                    formulas,
+                    unrendered,
+                    set(visit.page.locator("a[href]").evaluate_all("e => e.map(a => a.href)")),
+                )
+            )
+    return found
+
+
+def pages_of(folder: Path) -> list[str]:
+    """Return the pages of a built site, without documents that are shown within a page."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    return sorted(path for path in found if not path.startswith("assets/") and path != "404.html")
+
+
+def of_each(sights: list[Sight], what: str) -> dict[str, Any]:
+    """Return what is wrong on the pages on which something is."""
+    return {sight.path: getattr(sight, what) for sight in sights if getattr(sight, what)}
+
+
+def test_every_page_of_the_navigation_is_visited(built: Path) -> None:
+    pages = pages_of(built)
+    named = re.findall(r"\S+\.(?:md|ipynb)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {str(Path(name).with_suffix(".html")) for name in named} == set(pages)
+    assert set(PAGES) <= set(pages)
+
+
+def test_pages_have_all_that_they_ask_for(sights: list[Sight]) -> None:
+    assert of_each(sights, "not_loaded") == {}
+
+
+def test_pages_ask_nobody_else(sights: list[Sight]) -> None:
+    assert of_each(sights, "outside") == {}
+
+
+def test_pages_have_nothing_to_complain_of(sights: list[Sight]) -> None:
+    assert of_each(sights, "complaints") == {}
+
+
+def test_pages_do_not_scroll_sideways_on_a_phone(sights: list[Sight]) -> None:
+    assert of_each(sights, "too_wide") == {}
+
+
+def test_formulas_are_rendered(sights: list[Sight]) -> None:
+    assert of_each(sights, "unrendered") == {}
+    assert of_each(sights, "formulas").keys() >= set(WITH_MATHS)
 
 
 def test_the_search_finds_hvp(browser: Any, site: str) -> None:
@@ -109,34 +172,29 @@ def test_code_is_copied_as_it_stands(browser: Any, site: str) -> None:
         assert "hvp(f)(params, v, torch.eye(2))" in copied
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_page_does_not_scroll_sideways_on_a_phone(browser: Any, site: str, path: str) -> None:
-    with visiting(browser, site, width=PHONE) as visit:
-        visit.go(path)
-        assert visit.too_wide() == []
+def test_links_within_the_site_lead_somewhere(built: Path, site: str, sights: list[Sight]) -> None:
+    inside = {
+        (sight.path, urldefrag(link.removeprefix(site).lstrip("/")))
+        for sight in sights
+        for link in sight.links
+        if link.startswith(site)
+    }
+    assert len({target.url for _, target in inside}) > 40
+    assert [
+        f"{path}: {target.geturl()}" for path, target in inside if not leads(built, target)
+    ] == []
 
 
-def test_links_within_the_site_lead_somewhere(browser: Any, site: str) -> None:
-    links = set()
-    with visiting(browser, site) as visit:
-        for path in PAGES:
-            visit.go(path)
-            links |= set(visit.page.locator("a[href]").evaluate_all("e => e.map(a => a.href)"))
-    inside = {urldefrag(link) for link in links if link.startswith(site)}
-    assert len({link.url for link in inside}) > 30
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """Return the names of all places in a page that a link can lead to."""
+    return set(re.findall(r'\b(?:id|name)="?([^"\s>]+)', page.read_text(errors="replace")))
 
-    anchors = {}
-    for address in {link.url for link in inside}:
-        with urlopen(address) as response:
-            assert response.status == 200
-            text = response.read().decode(errors="replace")
-        anchors[address] = set(re.findall(r'\b(?:id|name)="?([^"\s>]+)', text))
-    nowhere = [
-        f"{link.url}#{link.fragment}"
-        for link in inside
-        if link.url.endswith(".html")
-        and link.fragment
-        and link.fragment != "__codelineno"
-        and unquote(link.fragment) not in anchors[link.url]
-    ]
-    assert nowhere == []
+
+def leads(folder: Path, target: DefragResult) -> bool:
+    """Tell whether a link within the site leads to a file, and to a place in it."""
+    page = folder / (unquote(target.url) or "index.html")
+    if not page.is_file():
+        return False
+    to_place = page.suffix == ".html" and target.fragment not in ("", "__codelineno")
+    return not to_place or unquote(target.fragment) in anchors(page)
