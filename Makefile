@@ -65,7 +65,6 @@ notebooks: $(VENV)/.dev ## run every notebook and store its outputs
 
 bench: $(VENV)/.bench ## measure against the gradient and the other packages
 	@$(BIN)/python -m bench
-	@$(BIN)/python docs/ratios.py
 
 pictures: $(VENV)/.report ## draw the picture of the README and the report that the site shows
 	@$(BIN)/python docs/pictures.py

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.blocks import write_blocks
 from bench.harness import machine, write
 from bench.report import IMAGES, PAGE, RESULTS, write_page
 
@@ -71,6 +72,7 @@ def main() -> None:
         write_page(SCRATCH, SCRATCH / "performance.md", SCRATCH / "images")
     else:
         write_page(RESULTS, PAGE, IMAGES)
+        write_blocks()
 
 
 def _limit(threads: int) -> None:

@@ -21,7 +21,7 @@ gradients; exact is again 10 gradients for Gauss-Newton.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from bench.harness import Candidate, compare, rounded
 from secorder_func import tree
 from secorder_func.report import digits
 
-__all__ = ["QUESTION", "TARGETS", "Method", "cost_of", "diagonals", "measure"]
+__all__ = ["QUESTION", "Method", "Network", "diagonals", "measure", "trained"]
 
 QUESTION = "Which method has a trace, or a diagonal, to a given error first, on networks that were trained?"
 NOTES = (
@@ -43,7 +43,6 @@ NOTES = (
     "Errors are relative, of diagonals in the Euclidean norm, and root mean squares over seeds; truths are closed "
     "forms. What an error costs is read off a straight line in the logarithms between two counts.",
 )
-TARGETS = (0.05, 0.01)
 _EXACT = 1e-4  # in float32
 _STATED = 2.5  # how far a stated standard error may be from the error over the seeds, as a factor
 
@@ -138,19 +137,6 @@ def diagonals(network: Network) -> dict[str, dict[str, Tensor]]:
         "Gauss-Newton": of(gauss_newton),
         "Hessian": of(gauss_newton - 2 * h * slope * gradient),
     }
-
-
-def cost_of(points: Sequence[tuple[float, float]], error: float) -> float | None:
-    """Return what an error costs, from `(cost, error)` by rising cost; None if it is beyond the last."""
-    before: tuple[float, float] | None = None
-    for cost, reached in points:
-        if reached <= error:
-            if before is None:
-                return cost
-            share = math.log(before[1] / error) / math.log(before[1] / max(reached, 1e-300))
-            return before[0] * (cost / before[0]) ** share
-        before = cost, reached
-    return None
 
 
 def _flat(value: Any) -> Tensor:

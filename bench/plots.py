@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, NullLocator
 
-__all__ = ["bars", "by_processes", "decays", "kinds", "lines", "speedups"]
+__all__ = ["bars", "by_processes", "costs", "decays", "kinds", "lines", "speedups"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _OURS, _PEER, _UNIT = "#0072B2", "#E69F00", "#999999"
@@ -275,3 +275,55 @@ def speedups(rows: Sequence[tuple[str, float]], path: Path, *, label: str) -> No
         axis.grid(axis="x", color="0.9", linewidth=0.6)
         axis.set_xlabel(label)
         _save(figure, path)
+
+
+def costs(problems: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw errors against gradients, a panel a matrix, a line a method; what is exact is a dashed line where it is."""
+    kinds = list(dict.fromkeys(p["of"] for p in problems))
+    columns = len(problems) // len(kinds)
+    with plt.rc_context(_STYLE):
+        size = (2.3 * columns + 0.6, 5.0)
+        figure, axes = plt.subplots(
+            len(kinds), columns, figsize=size, squeeze=False, sharey="row", layout="constrained"
+        )
+        for axis, problem in zip(axes.flat, problems, strict=True):
+            _cost(axis, problem)
+            axis.set_title(f"{problem['name']}, {problem['of']}", fontsize=8)
+        for row in axes:
+            row[0].set_ylabel("relative error")
+            drawn = {
+                label: line
+                for axis in row
+                for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+            }
+            row[-1].legend(drawn.values(), drawn.keys(), fontsize=6, loc="lower left")
+        figure.supxlabel("gradients", fontsize=8)
+        _save(figure, path)
+
+
+_METHODS = {
+    "hutchinson_trace": 1,
+    "hutchinson_diagonal": 1,
+    "hutchpp_trace": 6,
+    "xtrace": 3,
+    "xdiag": 3,
+    "xnystrace": 2,
+}
+
+
+def _cost(axis: Any, problem: dict[str, Any]) -> None:
+    records = [r for r in problem["candidates"] if "method" in r]
+    for method in dict.fromkeys(r["method"] for r in records):
+        own = [r for r in records if r["method"] == method]
+        spent = [r["gradients"]["median"] for r in own]
+        if own[0]["products"] == 0:
+            axis.axvline(spent[0], color="black", linestyle="--", linewidth=1, label=method)
+            continue
+        i = _METHODS[method]
+        errors = [r["error"] for r in own]
+        style: dict[str, Any] = {"marker": _MARKERS[i], "markersize": 3.5, "linewidth": 1.2}
+        axis.plot(spent, errors, color=_LINES[i], label=method, **style)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(color="0.9", linewidth=0.6)

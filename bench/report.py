@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, tables
+from bench.blocks import write_blocks
 
 __all__ = ["IMAGES", "PAGE", "RESULTS", "write_page"]
 
@@ -217,6 +218,21 @@ def _estimators(result: Result, _: Section) -> list[str]:
     return [*lines, *tables.left_out(problems), *_notes(result)]
 
 
+def _choice(result: Result, _: Section) -> list[str]:
+    problems = result["problems"]
+    lines = [*_notes(result)]
+    for name, p in {p["name"].partition(",")[0]: p for p in problems}.items():
+        ms = p["candidates"][0]["milliseconds"]["median"]
+        lines.append(f"- **{name}**: {p['parameters']:,} parameters; a gradient takes {ms:.3g} ms")
+    for of in ("trace", "diagonal"):
+        some = [p for p in problems if p["of"] == of]
+        costs = tables.choices(some)
+        rows = tables.table(some, tables.error_and_cost, names=lambda r: "method" in r)
+        lines += ["", f"Gradients to a {of} with an error of 5 %, and of 1 % below:", "", *costs]
+        lines += ["", f"Errors of the {of}, and below the gradients that it took:", "", *rows]
+    return [*lines, ""]
+
+
 def _growth(result: Result, _: Section) -> list[str]:
     lines = ["Fitted exponents:", "", *tables.exponents(result["axes"], "time"), ""]
     if any(axis["memory"] for axis in result["axes"]):
@@ -263,6 +279,7 @@ SECTIONS = (
     Section("data_growth", "Growth over data sets", body=_growth),
     Section("processes", "Several processes", body=_processes),
     Section("estimators", "Errors of the estimators", body=_estimators),
+    Section("choice", "Which trace, which diagonal", body=_choice),
     Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
     Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
 )
@@ -437,6 +454,8 @@ def _draw(section: Section, result: Result, path: Path) -> None:
         plots.kinds(_kinds(result), path, key="gradients", label="gradients; less is better")
     elif section.name == "estimators":
         plots.decays(problems, path)
+    elif section.name == "choice":
+        plots.costs(problems, path)
     elif section.name == "per_sample_curvature":
         rows = [(f"{p['task']}, {p['name']}", p["fold"]) for p in problems]
         plots.speedups(rows, path, label="times as fast as the faster loop over samples")
@@ -490,3 +509,4 @@ def _machine(machines: dict[str, dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     write_page()
+    write_blocks()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 __all__ = [
     "against",
     "by_processes",
+    "choices",
+    "cost_of",
     "drop_in_rows",
+    "error_and_cost",
     "exponents",
     "extent",
     "fact",
@@ -260,3 +264,39 @@ def drop_in_rows(problems: list[Problem]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def cost_of(points: Sequence[tuple[float, float]], error: float) -> float | None:
+    """Return what an error costs, from `(cost, error)` by rising cost; None if it is beyond the last."""
+    before: tuple[float, float] | None = None
+    for cost, reached in points:
+        if reached <= error:
+            if before is None:
+                return cost
+            share = math.log(before[1] / error) / math.log(before[1] / max(reached, 1e-300))
+            return before[0] * (cost / before[0]) ** share
+        before = cost, reached
+    return None
+
+
+def choices(problems: list[Problem]) -> list[str]:
+    """Return a row a method, a column a problem: the gradients to an error of 5 %, and below to one of 1 %."""
+    methods = dict.fromkeys(r["method"] for p in problems for r in p["candidates"] if "method" in r)
+    lines = head([p["name"] for p in problems])
+    for method in methods:
+        cells = []
+        for p in problems:
+            own = [r for r in p["candidates"] if r.get("method") == method]
+            points = [(r["gradients"]["median"], r["error"]) for r in own]
+            costs = [cost_of(points, error) for error in (0.05, 0.01)]
+            most = f"> {_short(points[-1][0])}" if points else ""
+            five, one = (most if cost is None else _short(cost) for cost in costs)
+            cells.append(_below(five, one) if points else "-")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
+def error_and_cost(record: Record) -> str:
+    """Return the error, and below what it took."""
+    error = "exact" if not record["products"] else f"{record['error']:.2%}"
+    return _below(error, _ratio(record["gradients"]["median"]))

@@ -17,12 +17,9 @@ from secorder_func.errors import MissingExtraError
 
 __all__ = ["progress"]
 
-_SECONDS = 2.0
-"""What takes no longer is not shown."""
-
 
 @contextmanager
-def progress(*, seconds: float = _SECONDS) -> Iterator[None]:
+def progress(*, seconds: float = 2.0) -> Iterator[None]:
     """Show a bar with the time left for every computation inside that takes longer than two seconds.
 
     Estimators, eigensolvers, densities, matrix functions and linear solvers count products, and passes over `Batches`

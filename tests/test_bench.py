@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench import (
+    blocks,
+    choice,
     data_growth,
     estimators,
     growth,
@@ -21,6 +25,7 @@ from bench import (
     processes,
     report,
     sampled_peers,
+    tables,
 )
 from bench.harness import (
     Candidate,
@@ -449,3 +454,50 @@ def test_results_of_different_machines_make_no_page(tiny: Problem, tmp_path: Pat
     write(tmp_path / "ggn.json", {**answer, "machine": {**answer["machine"], "threads": 2}})
     with pytest.raises(ValueError, match="ggn: of another machine"):
         report.write_page(tmp_path, tmp_path / "page.md", tmp_path / "images")
+
+
+def test_closed_form_diagonals_are_those_of_the_dense_matrices() -> None:
+    network = choice.trained("small", 3, 60, 5)
+    closed = choice.diagonals(network)
+    params = {n: p.detach().double() for n, p in network.model.named_parameters()}
+    x, y = network.inputs.double(), network.labels
+
+    def outputs(p: dict[str, Tensor]) -> Tensor:
+        return torch.tanh(x @ p["0.weight"].T + p["0.bias"]) @ p["2.weight"].T + p["2.bias"]
+
+    def diagonal(f: Any, name: str) -> Tensor:
+        def of_one(leaf: Tensor) -> Tensor:
+            return f({**params, name: leaf})
+
+        n = params[name].numel()
+        dense: Any = torch.func.hessian(of_one)(params[name])
+        return dense.reshape(n, n).diagonal().reshape(params[name].shape)
+
+    z = outputs(params)
+    p = z.softmax(1)
+
+    def linearised(q: dict[str, Tensor]) -> Tensor:
+        """Return the loss's quadratic form in the outputs, whose Hessian at the parameters is Gauss-Newton's."""
+        step = outputs(q) - z
+        return (p * step.square()).sum(1).sub((p * step).sum(1).square()).mean() / 2
+
+    for name in params:
+        exact = diagonal(lambda q: F.cross_entropy(outputs(q), y), name)
+        torch.testing.assert_close(closed["Hessian"][name], exact, rtol=1e-9, atol=1e-12)
+        exact = diagonal(linearised, name)
+        torch.testing.assert_close(closed["Gauss-Newton"][name], exact, rtol=1e-9, atol=1e-12)
+
+
+def test_the_cost_of_an_error_is_read_off_between_two_counts() -> None:
+    points = [(10.0, 0.4), (40.0, 0.2), (160.0, 0.1)]  # the error falls with the root of the cost
+    assert tables.cost_of(points, 0.5) == 10.0
+    assert tables.cost_of(points, 0.2) == pytest.approx(40.0)
+    assert tables.cost_of(points, 0.2 / math.sqrt(2)) == pytest.approx(80.0)
+    assert tables.cost_of(points, 0.05) is None
+
+
+def test_blocks_of_pages_are_those_of_the_results() -> None:
+    for (page, name), rows in blocks.BLOCKS.items():
+        text = (blocks.ROOT / page).read_text()
+        found = text.split(f"<!-- {name},")[1].split("-->\n", 1)[1].split("<!-- end of")[0]
+        assert found.strip().splitlines() == rows()

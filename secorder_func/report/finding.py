@@ -136,7 +136,7 @@ def unless_cancelled(compute: Callable[[], T]) -> T | None:
 
 
 def _digits(value: float, error: float) -> int:
-    """Return how many digits of a value matter beside its error, three to eight."""
+    """Return how many digits of a value matter beside its error, three to six."""
     if not value or not error:
         return 6
-    return max(3, min(8, 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error))))
+    return max(3, min(6, 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error))))

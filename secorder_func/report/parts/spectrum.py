@@ -111,18 +111,16 @@ def _density(
     shares = hessian.cumulative(
         torch.tensor([-_NEAR * largest, _NEAR * largest], dtype=torch.float64)
     )
-    below = Number(
+    below = _share(
         "share of eigenvalues below −1 % of the largest",
         float(shares.value[0]),
         float(shares.standard_error[0]),
-        "standard error",
     )
     both = hessian.mean_of(lambda x: (x.abs() <= _NEAR * largest).double())
-    near = Number(
+    near = _share(
         "share of eigenvalues within 1 % of the largest",
         float(both.value),
         float(both.standard_error),
-        "standard error",
     )
     return Finding(
         numbers={
@@ -139,6 +137,14 @@ def _density(
             f"From {settings.num_vectors} random vectors of {min(settings.num_steps, subject.num_params)} Lanczos "
             f"steps each. {note}"
         ],
+    )
+
+
+def _share(label: str, value: float, error: float) -> Number:
+    """Return a share; zero and without spread it is not known to be zero."""
+    none = not value and not error
+    return Number(
+        label, value, error, "none seen by the random vectors" if none else "standard error"
     )
 
 

@@ -1,15 +1,19 @@
-"""Write the measured ratios of the front page out of bench/results/*.json: `python docs/ratios.py`."""
+"""Measured tables within pages that are written by hand, between comments that name them."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import tables
+
+__all__ = ["write_blocks"]
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
 
 # The label, the file, our candidate there, and the others' names by column.
 ROWS: list[tuple[str, str, str, dict[str, str]]] = [
@@ -57,7 +61,6 @@ ROWS: list[tuple[str, str, str, dict[str, str]]] = [
     ),
 ]
 COLUMNS = ["torch-secorder", "curvlinops", "BackPACK", "JAX, compiled"]
-BLOCK = re.compile(r"(<!-- ratios[^>]*-->\n).*?(<!-- end of ratios -->)", re.DOTALL)
 
 
 def ratios(result: dict[str, Any], ours: str, theirs: str) -> str:
@@ -71,20 +74,40 @@ def ratios(result: dict[str, Any], ours: str, theirs: str) -> str:
     return f"{min(known):.2f} to {max(known):.2f}" if known else "wrong"
 
 
-def table() -> str:
+def _result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _beside_others() -> list[str]:
     """Return a row a task, a column a package."""
     lines = ["| | file | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for label, name, ours, peers in ROWS:
-        result = json.loads((RESULTS / f"{name}.json").read_text())
+        result = _result(name)
         cells = [ratios(result, ours, peers[c]) if c in peers else "-" for c in COLUMNS]
         file = f"[{name}](bench/results/{name}.json)"
         lines.append(f"| {label} | {file} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
-if __name__ == "__main__":
-    text = README.read_text()
-    written, blocks = BLOCK.subn(lambda found: found[1] + "\n" + table() + "\n\n" + found[2], text)
-    if blocks != 1:
-        raise SystemExit("README.md must have one block of ratios")
-    README.write_text(written)
+def _choice(of: str) -> list[str]:
+    return tables.choices([p for p in _result("choice")["problems"] if p["of"] == of])
+
+
+BLOCKS: dict[tuple[str, str], Callable[[], list[str]]] = {
+    ("README.md", "ratios"): _beside_others,
+    ("docs/how-to/estimates.md", "traces"): lambda: _choice("trace"),
+    ("docs/how-to/estimates.md", "diagonals"): lambda: _choice("diagonal"),
+}
+
+
+def write_blocks() -> None:
+    """Write every block into its page."""
+    for (page, name), rows in BLOCKS.items():
+        path = ROOT / page
+        marked = re.compile(rf"(<!-- {name},[^>]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        block = "\n".join(["", *rows(), "", ""])
+        text, count = marked.subn(lambda found, b=block: found[1] + b + found[2], path.read_text())
+        if count != 1:
+            raise ValueError(f"{page} must have one block of {name}")
+        path.write_text(text)
