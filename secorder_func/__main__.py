@@ -77,11 +77,26 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _run_demo(arguments: argparse.Namespace) -> int:
     from secorder_func.report import require_extra
 
-    require_extra("python -m secorder_func demo")
+    require_extra("python -m secorder_func demo", digits=True)
     from secorder_func.report.demo import FULL, QUICK, run_demo
 
     settings = QUICK if arguments.quick else FULL
     return run_demo(arguments.output, seed=arguments.seed, settings=settings)
+
+
+def _add_problem(parser: argparse.ArgumentParser, what: str) -> None:
+    """Let the user's function be named with or without the option."""
+    parser.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help=what)
+    parser.add_argument("--problem", metavar="MODULE:FUNCTION", help="the same")
+    parser.set_defaults(parser=parser)
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """Return the name of the user's function, if one is given."""
+    if arguments.target is not None and arguments.problem is not None:
+        arguments.parser.error("MODULE:FUNCTION is given twice")
+    name: str | None = arguments.target if arguments.problem is None else arguments.problem
+    return name
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
@@ -112,11 +127,11 @@ _REPORT_EXAMPLES = """\
 examples:
   python -m secorder_func report
       of the digits that come with scikit-learn
-  python -m secorder_func report --problem my_package.my_module:my_function
+  python -m secorder_func report my_package.my_module:my_function
       of your own: a function without arguments, in a module that the current
       folder or the environment has, that returns (f, params, batches) with a
       loss f(params, *batch), or (model, loss_fn, batches) with an nn.Module
-  python -m secorder_func report --problem train:problem --probes 256 --output out
+  python -m secorder_func report train:problem --probes 256 --output out
       more probes, smaller errors
 
 batches: a tuple is one batch; or a list of batches, a DataLoader, or
@@ -136,9 +151,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog=_REPORT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument(
-        "--problem", metavar="MODULE:FUNCTION", help="whose loss (default: that of the digits)"
-    )
+    _add_problem(report, "whose loss (default: that of the digits)")
     _add_output(report, "the report")
     _add_seed(report, "of torch, before the function is called, and of all random probes")
     report.add_argument("--quick", action="store_true", help="fewer probes, steps and samples")
@@ -160,12 +173,13 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run_report(arguments: argparse.Namespace) -> int:
     from secorder_func.report import require_extra
 
-    require_extra("python -m secorder_func report")
+    problem = _problem(arguments)
+    require_extra("python -m secorder_func report", digits=problem is None)
     from secorder_func.report.command import run_report
 
     return run_report(
         arguments.output,
-        problem=arguments.problem,
+        problem=problem,
         seed=arguments.seed,
         quick=arguments.quick,
         num_probes=arguments.probes,
@@ -181,11 +195,9 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description=summary.capitalize() + ", and name the likely cause where not.",
         epilog="Exit code: 0 when no check failed, 1 when one did, 2 when the problem cannot be had.",
     )
-    verify.add_argument(
-        "target",
-        nargs="?",
-        metavar="MODULE:FUNCTION",
-        help="a function without arguments, in a module that the current folder or the environment has, that returns "
+    _add_problem(
+        verify,
+        "a function without arguments, in a module that the current folder or the environment has, that returns "
         "(f, params, *args) or (model, loss_fn, inputs, targets), or batches in place of the data, as for report: then "
         "the first one is taken; without it the demonstration's model is checked",
     )
@@ -199,14 +211,15 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    if arguments.target is not None:
+    problem = _problem(arguments)
+    if problem is not None:
         from secorder_func.verify.command import run
 
         with _bars():
-            return run(arguments.target, seed=arguments.seed, rtol=arguments.rtol)
+            return run(problem, seed=arguments.seed, rtol=arguments.rtol)
     from secorder_func.report import require_extra
 
-    require_extra("python -m secorder_func verify without a function")
+    require_extra("python -m secorder_func verify without a function", digits=True)
     from secorder_func.report.example import verify_digits
 
     with _bars():

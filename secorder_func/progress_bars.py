@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import distributed
@@ -15,7 +16,9 @@ from secorder_func import running
 from secorder_func.checks import check_tolerance
 from secorder_func.errors import MissingExtraError
 
-__all__ = ["progress"]
+__all__ = ["progress", "titled"]
+
+_title: ContextVar[str] = ContextVar("secorder_func_title", default="")
 
 
 @contextmanager
@@ -57,6 +60,17 @@ def progress(*, seconds: float = 2.0) -> Iterator[None]:
         bars.close()
 
 
+@contextmanager
+def titled(title: str) -> Iterator[None]:
+    """Write a title before the names of the bars inside: which part of something larger they are."""
+    before = _title.get()
+    _title.set(title)
+    try:
+        yield
+    finally:
+        _title.set(before)
+
+
 def _console() -> Any:
     """Return where bars are shown, None for nowhere."""
     try:
@@ -86,6 +100,7 @@ class _Bars(running.Watcher):
         self._lock = threading.RLock()
         self._tasks: list[running.Task] = []
         self._bars: dict[int, Any] = {}
+        self._titles: dict[int, str] = {}
         self._since = 0.0
         self._live: Any = None
         self._timer: threading.Timer | None = None
@@ -96,6 +111,7 @@ class _Bars(running.Watcher):
             if not self._tasks:
                 self._since = time.monotonic()
             self._tasks.append(task)
+            self._titles[id(task)] = "" if task.parent else _title.get()
             if self._live is not None:
                 self._add(task)
             elif self._timer is None:
@@ -110,6 +126,7 @@ class _Bars(running.Watcher):
         with self._lock:
             if task in self._tasks:
                 self._tasks.remove(task)
+                del self._titles[id(task)]
             bar = self._bars.pop(id(task), None)
             if bar is not None and self._live is not None:
                 self._live.remove_task(bar)
@@ -152,8 +169,10 @@ class _Bars(running.Watcher):
             self._live.start()
 
     def _add(self, task: running.Task) -> None:
+        title = self._titles[id(task)]
+        what = f"{title}: {task.what}" if title else task.what
         self._bars[id(task)] = self._live.add_task(
-            task.what, total=task.total, completed=task.done, unit=task.unit
+            what, total=task.total, completed=task.done, unit=task.unit
         )
 
 

@@ -68,6 +68,8 @@ class SpectralDensity:
     >>> density = spectral_density(LinearOperator(lambda v: d * v, d), 10, num_steps=20)
     >>> print(density.mean_of(torch.square).value > 0.2)
     tensor(True)
+    >>> str(density).startswith("density of 100 eigenvalues from")
+    True
     """
 
     nodes: Tensor
@@ -75,6 +77,15 @@ class SpectralDensity:
     dimension: int
     num_matvecs: int
     resolution: float = 0.0
+
+    def __str__(self) -> str:
+        seen = self.nodes[self.weights > 0]
+        ends = f" from {float(seen.min()):.6g} to {float(seen.max()):.6g}" if len(seen) else ""
+        vectors, steps = self.nodes.shape
+        return (
+            f"density of {self.dimension} eigenvalues{ends}, {vectors} vectors of {steps} steps "
+            f"({self.num_matvecs} products)"
+        )
 
     def mean_of(self, f: Function) -> Estimate:
         """Return the mean of `f` over the eigenvalues; `f` acts on each entry of a float64 tensor.

@@ -24,20 +24,19 @@ _PACKAGES = {
     "rich": "rich",
     "matplotlib": "matplotlib",
     "jinja2": "Jinja2",
-    "sklearn": "scikit-learn",
-    "scipy": "SciPy",
 }
+_OF_DIGITS = {"sklearn": "scikit-learn", "scipy": "SciPy"}
 
 
-def require_extra(where: str) -> None:
-    """Refuse to start without the packages of the `report` extra.
+def require_extra(where: str, *, digits: bool = False) -> None:
+    """Refuse to start without the packages of the `report` extra; those of the digits are needed for these only.
 
     Raises
     ------
     MissingExtraError
         One of them is not installed; the message says how to install all.
     """
-    for module, package in _PACKAGES.items():
+    for module, package in (_PACKAGES | _OF_DIGITS if digits else _PACKAGES).items():
         _require(module, package, where)
 
 
@@ -94,6 +93,8 @@ def write_report(
         The packages that draw are not installed: `pip install secorder-func[report]`.
     ArgumentError
         What is given is no loss with parameters and data.
+    OSError
+        The folder cannot be written to; that is seen before anything is measured.
     KeyboardInterrupt
         After Ctrl-C, when the partial report is written; it says what is missing.
 

@@ -16,6 +16,7 @@ from secorder_func.errors import ArgumentError
 from secorder_func.report import INTERRUPTED, demo, user
 from secorder_func.report.example import digits_subject
 from secorder_func.report.finding import Settings
+from secorder_func.report.folders import make_folder
 from secorder_func.report.measure import begun, measure_parts
 from secorder_func.report.outcome import Report
 from secorder_func.report.page import write
@@ -59,7 +60,7 @@ def run_report(
 ) -> int:
     """Report on a user's problem or the digits; return 0, 1 if a part failed, 2 if it cannot run, 130 after Ctrl-C."""
     settings = _settings(quick, num_probes, num_eigenvalues)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "report", "--output")
     console = make_console()
     stages = Stages(console)
     report: Report | None = None
@@ -86,6 +87,12 @@ def run_report(
             print("Interrupted; nothing was written.", file=sys.stderr)
             return INTERRUPTED
         interrupted = True
+    except OSError as error:
+        if report is None:
+            raise
+        _print(console, report)
+        print(f"report: it could not be written: {error}", file=sys.stderr)
+        return 2
     _print(console, report)
     for path in paths:
         console.print(f"Written: {path}", soft_wrap=True)
@@ -113,6 +120,7 @@ def report_of(
     KeyboardInterrupt
         After Ctrl-C, when the partial report is written.
     """
+    make_folder(folder, "write_report", "folder=")
     settings = _settings(quick, num_probes, num_eigenvalues)
     stages = Stages(Console(quiet=True))
     try:

@@ -15,6 +15,7 @@ from secorder_func.algorithms.probes import draw_seed
 from secorder_func.report import digits, per_sample
 from secorder_func.report import measurements as ms
 from secorder_func.report.figures import Picture, draw
+from secorder_func.report.folders import make_folder
 from secorder_func.report.problem import Problem, relative_difference, watched
 from secorder_func.report.progress import Stages, make_console
 from secorder_func.report.results import Results, rows
@@ -63,7 +64,7 @@ QUICK = Settings(
 
 def run_demo(output: Path, *, seed: int = 0, settings: Settings = FULL) -> int:
     """Run the demonstration, print its tables, write its picture to a folder; return 0 if all checks hold, else 1."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "demo", "--output")
     console = make_console()
     stages = Stages(console)
     generator = torch.Generator().manual_seed(seed)

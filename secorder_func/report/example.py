@@ -48,6 +48,7 @@ def verify_digits(*, seed: int, rtol: float | None) -> int:
         return code
     print(
         "\nYour own problem: python -m secorder_func verify package.module:function\n"
-        "The function takes no arguments and returns (f, params, *args) or (model, loss_fn, inputs, targets)."
+        "The function takes no arguments and returns (model, loss_fn, inputs, targets) or (f, params, *args); "
+        "a DataLoader will do in place of the data."
     )
     return code

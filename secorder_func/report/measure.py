@@ -64,11 +64,12 @@ def measure_parts(
     """
     root = torch.Generator().manual_seed(seed)
     shared: dict[str, Any] = {}
-    for outcome in report.outcomes:
+    for number, outcome in enumerate(report.outcomes, 1):
         generator = torch.Generator().manual_seed(draw_seed(root))
         try:
             running.look()
-            with stages.stage(outcome.part.title.lower(), bar=False):
+            title = f"{number} of {len(report.outcomes)}: {outcome.part.title.lower()}"
+            with stages.stage(title, bar=False):
                 _measure(outcome, subject, settings, generator, shared)
             if outcome.part is LOSS and outcome.status == "failed":
                 raise TargetError(f"the loss of the data cannot be had. {outcome.reason}")

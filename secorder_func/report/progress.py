@@ -1,4 +1,4 @@
-"""Progress of the long parts: bars on a terminal, one line a stage in a log."""
+"""Progress of the long parts: bars on a terminal, one line a stage in a log, which begins when the stage does."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from secorder_func.progress_bars import titled
 
 __all__ = ["Advance", "Stages", "make_console"]
 
@@ -58,6 +60,10 @@ class Stages:
         Without a bar of its own, where `secorder_func.progress` shows what is computed inside.
         """
         start = time.perf_counter()
+        terminal = self._console.file.isatty()
+        if not terminal:
+            self._console.print(f"  {label:<48}", end="")
+            self._console.file.flush()
         shown = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -68,9 +74,15 @@ class Stages:
             console=self._console,
             transient=True,
             # A log would keep every refresh. Not is_terminal, which FORCE_COLOR makes true.
-            disable=not (bar and self._console.file.isatty()),
+            disable=not (bar and terminal),
         )
-        with shown:
-            task = shown.add_task(label, total=total)
-            yield lambda steps: shown.advance(task, steps)
-        self._console.print(f"  {label:<48}{time.perf_counter() - start:6.1f} s")
+        try:
+            with shown, titled(label):
+                task = shown.add_task(label, total=total)
+                yield lambda steps: shown.advance(task, steps)
+        except BaseException:
+            if not terminal:
+                self._console.print()
+            raise
+        begun = f"  {label:<48}" if terminal else ""
+        self._console.print(f"{begun}{time.perf_counter() - start:6.1f} s")
