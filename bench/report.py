@@ -279,7 +279,7 @@ SECTIONS = (
     Section("data_growth", "Growth over data sets", body=_growth),
     Section("processes", "Several processes", body=_processes),
     Section("estimators", "Errors of the estimators", body=_estimators),
-    Section("choice", "Which trace, which diagonal", body=_choice),
+    Section("choice", "Which trace and which diagonal", body=_choice),
     Section("compile", "Compiled products", "torch-secorder exact_hvp", _compile),
     Section("drop_in", "The drop-in beside torch-secorder", body=_drop_in),
 )

@@ -47,10 +47,10 @@ def functional_loss(
     Raises
     ------
     TypeError
-        `model` is no module, or a ScriptModule; at a call, `params` is no dict.
+        `model` is no module, or a ScriptModule; it and the loss function are swapped; at a call, `params` is no dict.
     ValueError
-        No parameter requires a gradient; at a call, `params` has an unknown name. Parameters that it leaves out keep
-        the model's present values.
+        There is no parameter, or none requires a gradient; at a call, `params` has an unknown name. Parameters that it
+        leaves out keep the model's present values.
 
     Notes
     -----
@@ -68,6 +68,7 @@ def functional_loss(
     >>> {name: tuple(h.shape) for name, h in hv.items()}
     {'weight': (2, 3), 'bias': (2,)}
     """
+    _check_order(model, loss_fn, "functional_loss")
     check_callable(loss_fn, "functional_loss", name="loss_fn")
     model_fn, params = _functional(model, "functional_loss")
 
@@ -93,6 +94,18 @@ def functional_model(model: nn.Module) -> tuple[ModelFn, Params]:
     return _functional(model, "functional_model")
 
 
+def _check_order(model: Any, loss_fn: Any, where: str) -> None:
+    """Refuse a loss function in the place of the model, and the model in its place."""
+    if not isinstance(loss_fn, nn.Module) or not any(True for _ in loss_fn.parameters()):
+        return
+    is_module = isinstance(model, nn.Module)
+    if callable(model) and not (is_module and any(True for _ in model.parameters())):
+        first = getattr(model, "__name__", type(model).__name__)
+        problem = f"the model and the loss function are swapped: {type(loss_fn).__name__} has the parameters"
+        mend = f"Write ({type(loss_fn).__name__}, {first})"
+        raise ArgumentTypeError(message(where, problem, mend))
+
+
 def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
     if not isinstance(model, nn.Module):
         raise TypeError(message(where, f"model must be an nn.Module, got {type(model).__name__}"))
@@ -112,6 +125,9 @@ def _functional(model: nn.Module, where: str) -> tuple[ModelFn, Params]:
         problem = f"parameter {lazy[0]!r} has no shape yet"
         raise ArgumentError(message(where, problem, "Evaluate the model once before"))
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
+    if not named:
+        problem = f"the model, {type(model).__name__}, has no parameters"
+        raise ArgumentError(message(where, problem, "Pass the module that is trained"))
     if not params:
         raise ValueError(
             message(

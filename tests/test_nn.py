@@ -227,10 +227,33 @@ def test_a_script_module_is_refused(maker: str) -> None:
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)])
-def test_a_module_with_nothing_to_differentiate_is_refused(maker: str, model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=rf"^{maker}: no parameter .*requires_grad_\(\)"):
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.ReLU(), "the model, ReLU, has no parameters"),
+        (nn.Linear(2, 2).requires_grad_(False), r"no parameter .*requires_grad_\(\)"),
+    ],
+    ids=["none", "frozen"],
+)
+def test_a_module_with_nothing_to_differentiate_is_refused(
+    maker: str, model: nn.Module, said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{maker}: {said}"):
         MAKERS[maker](model)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), F.mse_loss])
+def test_a_model_in_the_place_of_its_loss_is_named(loss_fn: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"are swapped: Linear has the parameters\. Write \(Linear, "
+    ):
+        functional_loss(loss_fn, nn.Linear(2, 2))
+
+
+def test_a_loss_with_parameters_of_its_own_is_taken() -> None:
+    f, params = functional_loss(nn.Linear(2, 2), nn.Bilinear(2, 2, 1))
+    assert list(params) == ["weight", "bias"]
+    assert f(params, torch.ones(1, 2), torch.ones(1, 2)).shape == (1, 1)
 
 
 def test_one_module_in_several_threads_gives_right_products_and_keeps_its_parameters() -> None:

@@ -159,10 +159,11 @@ def test_an_error_of_the_loss_is_quoted_with_its_place() -> None:
         (lambda p: p**2, "not reduced"),
         (lambda p: (p**2).sum().item(), "converted to a number"),
         (lambda p: ((p**2).sum(), 3), "more than the loss"),
+        (lambda p: (p > 0).sum(), "a count or a truth value"),
         (lambda p: p.mul_(0.5).sum(), "changes its own parameters"),
         (lambda p: p.data.mul_(0.5).sum(), "changes its own parameters"),
     ],
-    ids=["vector", "number", "tuple", "writes", "writes to data"],
+    ids=["vector", "number", "tuple", "count", "writes", "writes to data"],
 )
 def test_a_loss_that_is_not_one_number_of_its_parameters(f: Callable[..., Any], cause: str) -> None:
     before = P.clone()
@@ -185,7 +186,84 @@ def test_the_function_that_makes_the_first_nan_is_named() -> None:
 def test_parameters_and_arguments_with_nan_are_named() -> None:
     bad = torch.tensor([1.0, float("nan")])
     assert "params['w']" in causes(verify(lambda p: p["w"].sum(), {"w": bad})["loss"])
-    assert "args[0]" in causes(verify(lambda p, x: (p * x).sum(), torch.ones(2), bad)["loss"])
+    assert "infinity in x" in causes(verify(lambda p, x: (p * x).sum(), torch.ones(2), bad)["loss"])
+    assert "args[0]" in causes(verify(lambda p, *a: (p * a[0]).sum(), torch.ones(2), bad)["loss"])
+
+
+# ----------------------------------------------------------------------------- shapes and mode
+
+
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, F.l1_loss, nn.SmoothL1Loss(), nn.HuberLoss()])
+def test_outputs_that_are_compared_with_all_targets_are_named(loss_fn: Any) -> None:
+    f, params = functional_loss(nn.Linear(3, 1).double(), loss_fn)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result = verify(f, params, x, x[:, 0])
+    assert failures(result) == ["shapes"]
+    finding = "the loss broadcasts outputs of shape (5, 1) and targets of shape (5,) to (5, 5)"
+    assert result["shapes"].finding == finding
+    assert result["product by differences"].passed
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "mend"),
+    [
+        ((5, 1), (5,), "targets.unsqueeze(1)"),
+        ((5,), (5, 1), "targets.squeeze(1)"),
+        ((5, 1), (1, 5), "targets.view_as(outputs)"),
+        ((5, 1), (3,), "targets of the shape of the outputs"),
+    ],
+)
+def test_the_mend_of_shapes_gives_targets_the_shape_of_outputs(
+    outputs: tuple[int, ...], targets: tuple[int, ...], mend: str
+) -> None:
+    p, y = torch.arange(5.0).double().reshape(outputs), torch.ones(targets).double()
+    (cause,) = verify(F.mse_loss, p, y)["shapes"].causes
+    assert cause.mend == f"Use {mend}."
+
+
+def test_a_target_for_all_outputs_is_no_failure() -> None:
+    result = verify(lambda p: F.mse_loss(p, torch.zeros((), dtype=p.dtype)), P)
+    assert result.ok
+    assert result["shapes"].passed is None
+    assert result["shapes"].finding.endswith("targets of shape () to (5,)")
+
+
+DROPOUT, NORM = "dropout is active", "BatchNorm uses the statistics of each batch"
+
+
+@pytest.mark.parametrize(
+    ("layer", "effects"),
+    [
+        (nn.Dropout(0.5), DROPOUT),
+        (nn.BatchNorm1d(4), NORM),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1)), f"{DROPOUT}, {NORM}"),
+        (nn.MultiheadAttention(4, 1, dropout=0.1), DROPOUT),
+    ],
+    ids=["dropout", "norm", "both", "attention"],
+)
+def test_training_mode_is_noted_where_it_makes_a_difference(layer: nn.Module, effects: str) -> None:
+    def f(p: Tensor, x: Tensor) -> Tensor:
+        assert isinstance(layer, nn.Module)
+        return (x @ p).square().mean()
+
+    args = torch.ones(4), torch.ones(5, 4)
+    noted = (
+        f"the model is in training mode: {effects}. model.eval() gives the function that predicts"
+    )
+    assert verify(f, *args)["mode"].finding == noted
+    assert verify(f, *args).ok
+    layer.eval()
+    assert "mode" not in [check.name for check in verify(f, *args).checks]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(3, 4), nn.Dropout(0.0), nn.BatchNorm1d(4, track_running_stats=False)],
+    ids=["linear", "dropout of nothing", "norm without statistics"],
+)
+def test_training_mode_is_not_noted_where_it_makes_none(layer: nn.Module) -> None:
+    result = verify(lambda p: (p**3).sum() * isinstance(layer, nn.Module), P)
+    assert "mode" not in [check.name for check in result.checks]
 
 
 # -------------------------------------------------------------------------------- repeatability
@@ -419,6 +497,27 @@ def test_a_loss_of_captured_parameters_fails() -> None:
     result = verify(lambda p, x: model(x).square().sum(), params, torch.ones(4, 3))
     assert failures(result) == ["dependence"]
     assert "captures" in causes(result["dependence"])
+
+
+@pytest.mark.parametrize(
+    ("count", "function"),
+    [
+        (lambda out, y: out.argmax(1) == y, "argmax"),
+        (lambda out, y: out.max(1)[1] == y, "max"),
+        (lambda out, y: (out > 0).any(1) == y, "gt"),
+    ],
+    ids=["argmax", "max", "comparison"],
+)
+def test_an_accuracy_for_a_loss_is_told_from_captured_parameters(
+    count: Callable[[Tensor, Tensor], Tensor], function: str
+) -> None:
+    f, params = functional_loss(nn.Linear(3, 2), lambda o, y: count(o, y).float().mean())
+    result = verify(f, params, torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
+    assert failures(result) == ["dependence"]
+    text = causes(result["dependence"])
+    assert text == (
+        f"the loss does not depend differentiably on its parameters: {function} has no derivative"
+    )
 
 
 # ---------------------------------------------------------------------------- what is left behind

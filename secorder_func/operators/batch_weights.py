@@ -105,14 +105,14 @@ class BatchWeights:
             f"{parts.rest:.6g} of the parts"
         )
         mend = (
-            "If the loss is a sum, pass reduction='sum'; if it is a mean over something else than samples, tokens "
-            "say, pass weight=, what the loss of a batch is averaged over"
+            "If the loss is a sum, take Batches(data, reduction='sum'); if it is a mean over something else than "
+            "samples, tokens say, Batches(data, weight=...), by what the loss of a batch is averaged over"
             if mean
-            else "If the loss is a mean, pass reduction='mean'"
+            else "If the loss is a mean, take Batches(data, reduction='mean')"
         )
         mend += (
             ". If samples of a batch influence each other (batch normalisation in training mode), or the loss "
-            "has a term of the parameters alone, and that is meant, pass check_weights=False"
+            "has a term of the parameters alone, and that is meant, take Batches(data, check_weights=False)"
         )
         raise ArgumentError(message(sums.where, problem, mend))
 

@@ -21,6 +21,7 @@ __all__ = [
     "Settings",
     "Table",
     "unless_cancelled",
+    "with_error",
 ]
 
 T = TypeVar("T")
@@ -64,22 +65,17 @@ class Number:
     meaning: str = "exact but for rounding"
 
     def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return "not finite"
-        if self.error is None:
-            return f"{self.value:.6g}"
-        if not math.isfinite(self.error):
-            return f"{self.value:.4g} ± ?"
-        return f"{self.value:.{_digits(self.value, self.error)}g} ± {self.error:.2g}"
+        return with_error(self.value, self.error)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column is of names."""
+    """Cells as text; the first column is of names. The note, below them, says what they do not tell."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 @dataclass
@@ -94,6 +90,8 @@ class Finding:
         For the first table.
     figures
         What is drawn, by a name for people.
+    captions
+        What is to be known of a figure, by its name; sentences.
     tables
         What is listed.
     sentences
@@ -103,6 +101,7 @@ class Finding:
     numbers: dict[str, Any] = field(default_factory=dict)
     key: list[Number] = field(default_factory=list)
     figures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
 
@@ -135,8 +134,47 @@ def unless_cancelled(compute: Callable[[], T]) -> T | None:
         return None
 
 
-def _digits(value: float, error: float) -> int:
-    """Return how many digits of a value matter beside its error, three to six."""
-    if not value or not error:
-        return 6
-    return max(3, min(6, 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error))))
+def with_error(value: float, error: float | None) -> str:
+    """Return a value to the digits of its error, which has two; None for a value that is exact but for rounding.
+
+    Without exponents from 1e-4 to 1e5. An error below a ten-thousandth of the value leaves it six digits.
+
+    >>> with_error(131.4, 228.0), with_error(0.012345, 0.00067), with_error(2.0178612, 1.1e-11)
+    ('130 ± 230', '0.01235 ± 0.00067', '2.01786 ± 1.1e-11')
+    >>> with_error(3.21e-7, 4e-8), with_error(1234567.0, 89000.0)
+    ('(3.21 ± 0.40)e-07', '(1.235 ± 0.089)e+06')
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    if error is None or not error:
+        return f"{value:.6g}" + ("" if error is None else " ± 0")
+    if not math.isfinite(error):
+        return f"{value:.4g} ± ?"
+    if error < _SURE * abs(value):
+        return f"{value:.6g} ± {_two_digits(error)}"
+    size = max(abs(value), error)
+    if 1e-4 <= size < 1e5:
+        return _to_the_digits_of(error, value)
+    power = _power(size)
+    scale = 10.0**power
+    return f"({_to_the_digits_of(error / scale, value / scale)})e{power:+03d}"
+
+
+_SURE = 1e-4
+
+
+def _power(number: float) -> int:
+    """Return the power of ten of the first of two digits."""
+    return int(f"{number:.1e}".partition("e")[2])
+
+
+def _two_digits(error: float) -> str:
+    if not 1e-4 <= error < 1e5:
+        return f"{error:.1e}"
+    return f"{round(error, 1 - _power(error)):.{max(0, 1 - _power(error))}f}"
+
+
+def _to_the_digits_of(error: float, value: float) -> str:
+    places = 1 - _power(error)
+    rounded = round(value, places) + 0.0  # no -0
+    return f"{rounded:.{max(0, places)}f} ± {round(error, places):.{max(0, places)}f}"

@@ -11,7 +11,7 @@ from secorder_func.report.finding import Finding, Number, Part
 __all__ = ["Outcome", "Report", "Status"]
 
 Status = Literal["done", "partial", "failed", "not applicable", "missing"]
-SCHEMA = 1
+SCHEMA = 2
 """Of the JSON file; raised when a name or a meaning in it changes."""
 
 

@@ -16,7 +16,7 @@ from secorder_func.report.palette import BLUE, GREY, VERMILLION
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_layers", "plot_samples"]
+__all__ = ["plot_layers", "plot_samples", "typical"]
 
 
 _MOST_LAYERS = 30
@@ -73,7 +73,8 @@ def plot_samples(values: Tensor | Estimate, ax: Axes | None = None, *, bins: int
     Parameters
     ----------
     values
-        `(samples,)`, or an `Estimate` of that; then the median standard error is drawn above the histogram.
+        `(samples,)`, or an `Estimate` of that; then their median, with the median of their standard errors, is drawn
+        above the histogram.
     ax
         Where to draw; a new figure if None.
     bins
@@ -120,9 +121,30 @@ def plot_samples(values: Tensor | Estimate, ax: Axes | None = None, *, bins: int
     return ax
 
 
+def typical(values: Tensor, errors: Tensor | None) -> tuple[float, float | None]:
+    """Return the median of the finite values and, of estimates, the median of their finite standard errors.
+
+    Of an even number it is the mean of the two in the middle.
+
+    >>> typical(torch.tensor([4.0, 1.0, 2.0, 9.0]), torch.tensor([0.5, 0.125, 0.25, 0.25]))
+    (3.0, 0.25)
+    """
+    if errors is None:
+        return _median(values), None
+    return _median(values), _median(errors)
+
+
+def _median(numbers: Tensor) -> float:
+    finite = numbers[numbers.isfinite()].double().sort().values
+    if not len(finite):
+        return math.nan
+    half = (len(finite) - 1) // 2
+    return float((finite[half] + finite[-1 - half]) / 2)
+
+
 def _typical_error(ax: Axes, values: Tensor, errors: Tensor, height: float) -> None:
-    middle = int(values.argsort()[len(values) // 2])
-    at, error = float(values[middle]), float(errors.nanmedian())
+    at, error = typical(values, errors)
+    assert error is not None
     left = min(error, 0.9 * at) if ax.get_xscale() == "log" else error
     ax.errorbar(
         [at],
@@ -132,6 +154,6 @@ def _typical_error(ax: Axes, values: Tensor, errors: Tensor, height: float) -> N
         markersize=4,
         capsize=3,
         color=VERMILLION,
-        label="median sample, ± median standard error",
+        label="median of the samples, ± typical error of one",
     )
     ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)

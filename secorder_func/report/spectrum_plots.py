@@ -16,10 +16,13 @@ from secorder_func.report.palette import BLUE, GREY, VERMILLION
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["density_curve", "draw_eigenvalues", "plot_density", "plot_eigenvalues"]
+__all__ = ["BAND", "density_curve", "draw_eigenvalues", "plot_density", "plot_eigenvalues"]
 
 
 _POINTS = 401
+
+BAND = 0.4
+"""How opaque bands of errors are: to be seen on dark ground, too, where the colours are near it."""
 
 
 def density_curve(
@@ -90,9 +93,11 @@ def plot_density(
             points.numpy(),
             low.clamp(min=floor).numpy(),
             high.clamp(min=floor).numpy(),
+            where=(high > floor).tolist(),
             color=color,
-            alpha=0.25,
-            linewidth=0,
+            alpha=BAND,
+            edgecolor=color,
+            linewidth=0.6,
         )
     ax.plot(points.numpy(), value.numpy(), color, linestyle=linestyle, linewidth=1.4, label=label)
     limits = [floor, 2 * float(curve.value.max())]

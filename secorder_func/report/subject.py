@@ -19,6 +19,7 @@ from secorder_func import (
     running,
     tree,
 )
+from secorder_func.errors import ArgumentError
 from secorder_func.typing import LossFn, ModelFn, Tree
 
 __all__ = ["Subject"]
@@ -107,7 +108,10 @@ class Subject:
         batches = self.batches
         if batches is None:
             batches = Batches([self.batch], reduction="sum", check_weights=False)
-        return batches.loss_and_gradient(self.f, self.params)
+        try:
+            return batches.loss_and_gradient(self.f, self.params)
+        except ArgumentError as error:
+            raise ArgumentError(_of_the_loader(str(error))) from error
 
     @cached_property
     def hessian(self) -> LinearOperator:
@@ -148,6 +152,15 @@ class Subject:
         low, high = image.min(), image.max()
         image = (image - low) / (high - low if high > low else 1)
         return image[0] if len(image) == 1 else image.permute(1, 2, 0)
+
+
+def _of_the_loader(text: str) -> str:
+    """Turn what `Batches` says to its users into words for those who gave a loader."""
+    meant = text.replace(
+        "take Batches(data, reduction='sum')",
+        "give Batches(loader, reduction='sum') in place of the loader",
+    )
+    return meant.replace("Batches(data,", "Batches(loader,")
 
 
 def _length(batch: tuple[Any, ...]) -> int | None:

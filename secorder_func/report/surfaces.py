@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -178,8 +179,9 @@ def _contours(axes: Axes, shown: _Shown, log: bool, num_levels: int) -> None:
     lines = levels[:: max(1, len(levels) // 12)]
     axes.contour(x, y, z, levels=lines, colors="white", linewidths=0.5, alpha=0.6)
     figure: Any = axes.get_figure(root=False)
-    bar = figure.colorbar(filled, ax=axes, label="loss", ticks=_ticks(levels))
-    bar.ax.set_yticklabels([_short(tick, levels) for tick in bar.get_ticks()])
+    bar = figure.colorbar(filled, ax=axes, label="loss")
+    ticks = _ticks(levels[0], levels[-1], log)
+    bar.set_ticks(ticks, labels=[f"{tick:.10g}" for tick in ticks])
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     if _holds_zero(shown.alphas) and _holds_zero(_betas(shown)):
@@ -224,14 +226,29 @@ def _levels(losses: Tensor, log: bool, count: int) -> list[float]:
     return [float(level) for level in levels]
 
 
-def _ticks(levels: list[float]) -> list[float]:
-    places = torch.linspace(0, len(levels) - 1, min(7, len(levels))).round().int().tolist()
-    return [levels[place] for place in places]
+_MOST_TICKS = 7
 
 
-def _short(tick: float, levels: list[float]) -> str:
-    """Return a number in three digits, and rounding errors beside the greatest level as zero."""
-    return f"{0.0 if abs(tick) < 1e-9 * abs(levels[-1]) else tick:.3g}"
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Return a few round numbers from the least to the greatest loss."""
+    if log:
+        for firsts in ((1, 2, 5), (1, 3), (1,)):
+            found = _with_first_digits(firsts, low, high)
+            if 3 <= len(found) <= _MOST_TICKS:
+                return found
+        if len(found) > _MOST_TICKS:  # of so many powers of ten some
+            return found[:: math.ceil(len(found) / _MOST_TICKS)]
+    from matplotlib.ticker import MaxNLocator
+
+    places = MaxNLocator(_MOST_TICKS - 1, steps=[1, 2, 5, 10]).tick_values(low, high)
+    inside = [float(place) for place in places if low <= place <= high]
+    return [0.0 if abs(place) < 1e-9 * (high - low) else place for place in inside]
+
+
+def _with_first_digits(firsts: tuple[int, ...], low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    places = [float(f"{first}e{power}") for power in powers for first in firsts]
+    return [place for place in places if low <= place <= high]
 
 
 def _holds_zero(positions: Tensor) -> bool:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from secorder_func.report.finding import Number
+from secorder_func.report.finding import Number, with_error
 from secorder_func.report.finding import Table as Listed
 
 __all__ = ["DigitRow", "Row", "digit_table", "listed_table", "number_table", "result_table"]
@@ -86,7 +86,7 @@ def digit_table(title: str, rows: Sequence[DigitRow]) -> Table:
             Text(str(row.prediction), style="bold red" if wrong else ""),
             f"{row.loss:.2g}",
             f"{row.exact:.4g}",
-            f"{row.estimate:.4g} ± {row.standard_error:.2g}",
+            with_error(row.estimate, row.standard_error),
         )
     return table
 
@@ -105,6 +105,8 @@ def number_table(numbers: Sequence[Number]) -> Table:
 def listed_table(listed: Listed) -> Table:
     """Return a table of a report."""
     table = _titled(listed.title)
+    if listed.note:
+        table.caption, table.caption_justify = Text(listed.note), "left"
     for column, heading in enumerate(listed.head):
         table.add_column(heading, justify="right" if column else "left", overflow="fold")
     for row in listed.rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 from secorder_func.errors import ArgumentError, message
 from secorder_func.report.axes import UNIT, named, new_axes, require
 from secorder_func.report.palette import BLUE, GREEN, ORANGE
+from secorder_func.report.spectrum_plots import BAND
 from secorder_func.report.surfaces import plot_loss_surface
 from secorder_func.tracker import CurvatureRecord
 
@@ -106,7 +107,8 @@ def plot_tracker(records: Sequence[CurvatureRecord], ax: Axes | None = None) -> 
             low, high = values - times * error, values + times * error
             if log:  # a band that reaches below zero has no end there
                 low = torch.maximum(low, values / 100)
-            ax.fill_between(steps, low.numpy(), high.numpy(), color=color, alpha=0.25, linewidth=0)
+            band: Any = {"color": color, "alpha": BAND, "edgecolor": color, "linewidth": 0.6}
+            ax.fill_between(steps, low.numpy(), high.numpy(), **band)
     if log:
         ax.set_yscale("log")
     ax.legend(frameon=False, fontsize=8.5)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
+
 from secorder_func.verify._evidence import Evidence
+from secorder_func.verify._lenses import Shape
 from secorder_func.verify._result import Cause
 
 __all__ = [
     "all_modes_refuse",
     "asymmetric",
+    "broadcasts",
+    "grows",
     "listed",
     "modes_differ",
     "no_dependence",
@@ -17,45 +23,10 @@ __all__ = [
     "not_repeatable",
     "of_gradient",
     "of_product",
-    "of_the_loss",
+    "of_shapes",
     "undecided",
     "written_to",
 ]
-
-
-def of_the_loss(error: BaseException) -> tuple[Cause, ...]:
-    """Return the causes of an error of the loss that the library itself raises."""
-    text = str(error)
-    if "writes to a parameter in place" in text:
-        return (
-            Cause(
-                "the loss changes its own parameters, so that it has another value the next time",
-                "Compute with a copy: w = w * 0.9 in the place of w.mul_(0.9) or w.data *= 0.9. Normalise or clip "
-                "parameters after a training step, not in the loss.",
-            ),
-        )
-    if "got shape" in text:
-        return (
-            Cause(
-                "the loss is not reduced: it has a value for each sample",
-                "Return losses.mean() or losses.sum().",
-            ),
-        )
-    if "got float" in text:
-        return (
-            Cause(
-                "the loss was converted to a number, which has no derivatives",
-                "Return the tensor, without .item() or float().",
-            ),
-        )
-    if "got tuple" in text:
-        return (
-            Cause(
-                "the function returns more than the loss",
-                "Verify lambda params, *args: f(params, *args)[0]; hvp takes such functions with has_aux=True.",
-            ),
-        )
-    return ()
 
 
 def not_finite(
@@ -101,6 +72,13 @@ def no_dependence(evidence: Evidence) -> tuple[Cause, ...]:
             Cause(
                 f"{listed([*evidence.holds, *evidence.numbers])} in the loss cuts it off from its parameters",
                 "Take that out.",
+            ),
+        )
+    if evidence.cuts:
+        return (
+            Cause(
+                f"the loss does not depend differentiably on its parameters: {listed(evidence.cuts)} has no derivative",
+                "Return a smooth loss, as the one that is trained: cross-entropy in the place of the accuracy.",
             ),
         )
     return (
@@ -369,6 +347,41 @@ def asymmetric(evidence: Evidence) -> tuple[Cause, ...]:
             "Halve the loss until the function is found, and report it to this library.",
         ),
     )
+
+
+def grows(outputs: Shape, targets: Shape) -> bool:
+    """Say whether two shapes are broadcast to one that neither of them has."""
+    return torch.broadcast_shapes(outputs, targets) not in (outputs, targets)
+
+
+def broadcasts(outputs: Shape, targets: Shape) -> str:
+    """Say what shapes a loss function compares."""
+    both = tuple(torch.broadcast_shapes(outputs, targets))
+    return (
+        f"the loss broadcasts outputs of shape {outputs} and targets of shape {targets} to {both}"
+    )
+
+
+def of_shapes(outputs: Shape, targets: Shape) -> tuple[Cause, ...]:
+    """Return the cause of outputs and targets that are compared each with all."""
+    return (
+        Cause(
+            "every output is compared with every target, not with its own",
+            f"Use {_same_shape(outputs, targets)}.",
+        ),
+    )
+
+
+def _same_shape(outputs: Shape, targets: Shape) -> str:
+    for axis in range(len(outputs)):
+        if (*targets[:axis], 1, *targets[axis:]) == outputs:
+            return f"targets.unsqueeze({axis})"
+    for axis in range(len(targets)):
+        if targets[axis] == 1 and (*targets[:axis], *targets[axis + 1 :]) == outputs:
+            return f"targets.squeeze({axis})"
+    if math.prod(outputs) == math.prod(targets):
+        return "targets.view_as(outputs)"
+    return "targets of the shape of the outputs"
 
 
 def _at_kink(evidence: Evidence) -> Cause:

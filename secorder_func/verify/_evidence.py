@@ -14,7 +14,7 @@ from torch import Tensor
 from secorder_func.errors import NoExactRouteError
 from secorder_func.rules.cut_graphs import history
 from secorder_func.transforms.loss import Leaves
-from secorder_func.verify._lenses import Watch
+from secorder_func.verify._lenses import Shape, Watch
 
 __all__ = ["Evidence", "evidence", "first_line", "quoted"]
 
@@ -74,6 +74,10 @@ class Evidence:
         Functions of torch with kinks and with jumps on that way.
     holds, numbers
         What holds constant, see `Watch`.
+    cuts
+        Functions that return whole numbers or truth values, where the loss has no history.
+    broadcast
+        The shapes of outputs and targets that are compared although they differ.
     reached
         Which leaves the history ends in.
     eps
@@ -85,6 +89,8 @@ class Evidence:
     steps: tuple[str, ...]
     holds: tuple[str, ...]
     numbers: tuple[str, ...]
+    cuts: tuple[str, ...]
+    broadcast: tuple[tuple[Shape, Shape], ...]
     reached: tuple[bool, ...]
     eps: float
 
@@ -105,6 +111,8 @@ def evidence(value: Tensor, leaves: Leaves, watch: Watch) -> Evidence:
         steps=_among(names, _STEPS),
         holds=tuple(sorted(watch.holds)),
         numbers=tuple(sorted(watch.numbers)),
+        cuts=tuple(sorted(watch.cuts)) if value.grad_fn is None else (),
+        broadcast=tuple(watch.broadcast),
         reached=tuple(id(leaf) in ends for leaf in leaves),
         eps=max(watch.eps, *(torch.finfo(t.dtype).eps for t in (value, *leaves))),
     )

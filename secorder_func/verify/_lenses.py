@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FirstNotFinite", "HoldingNothing", "InDouble", "Watch", "wider"]
+__all__ = ["FirstNotFinite", "HoldingNothing", "InDouble", "Shape", "Watch", "wider"]
 
 _TENSOR: Any = torch.Tensor
 _GET_DATA = _TENSOR.data.__get__
@@ -32,6 +33,9 @@ _NUMBERS: dict[Any, str] = {
     _TENSOR.__array__: "a NumPy array",
 }
 
+_COMPARED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+Shape = tuple[int, ...]
+
 
 class Watch(TorchFunctionMode):
     """Notes what holds a part of the loss constant, and the coarsest floating dtype that is computed in.
@@ -42,6 +46,10 @@ class Watch(TorchFunctionMode):
         `detach()`, `.data` and `no_grad` where they meet what depends on parameters.
     numbers
         Conversions of what depends on parameters to plain numbers.
+    cuts
+        Functions that make whole numbers or truth values of what depends on parameters.
+    broadcast
+        The shapes of outputs and targets that a loss function of torch compares although they differ.
     eps
         The largest unit roundoff among the results.
     """
@@ -50,6 +58,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.holds: set[str] = set()
         self.numbers: set[str] = set()
+        self.cuts: set[str] = set()
+        self.broadcast: dict[tuple[Shape, Shape], None] = {}
         self.eps = 0.0
 
     def __torch_function__(
@@ -63,9 +73,26 @@ class Watch(TorchFunctionMode):
             elif func in _NUMBERS:
                 self.numbers.add(_NUMBERS[func])
         result = func(*args, **(kwargs or {}))
+        if func in _COMPARED:
+            self._compare(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
             self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        elif args and isinstance(args[0], Tensor) and args[0].requires_grad and _is_whole(result):
+            self.cuts.add(getattr(func, "__name__", str(func)).strip("_"))
         return result
+
+    def _compare(self, input: Any, target: Any, *_: Any, **__: Any) -> None:
+        shapes = [tuple(t.shape) for t in (input, target) if isinstance(t, Tensor)]
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
+            self.broadcast[shapes[0], shapes[1]] = None
+
+
+def _is_whole(result: Any) -> bool:
+    """Say whether a result has no derivative, or a part of it, as the indices beside a maximum."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return any(
+        isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex()) for t in parts
+    )
 
 
 class FirstNotFinite(TorchFunctionMode):

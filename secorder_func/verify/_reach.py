@@ -15,8 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Source", "changes", "iterators", "modules_in", "plain_values", "random_sources", "walk"]
+__all__ = [
+    "Source",
+    "changes",
+    "iterators",
+    "modules_in",
+    "plain_values",
+    "random_sources",
+    "training_effects",
+    "walk",
+]
 
 _MOST, _DEEPEST, _FIRST_ITEMS = 2000, 6, 64
 _LIBRARIES = ("torch", "numpy", "secorder_func", "optree", "builtins", "functools")
@@ -104,6 +115,22 @@ def _is_of_library(thing: Any) -> bool:
 def modules_in(reached: list[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:
     """Return the modules of torch."""
     return [(name, thing) for name, thing in reached if isinstance(thing, nn.Module)]
+
+
+def training_effects(modules: list[nn.Module]) -> list[str]:
+    """Return what these modules, and those inside of them, do in training mode and not in evaluation mode."""
+    inner = [module for outer in modules for module in outer.modules() if module.training]
+    effects = []
+    if any(_drops(module) for module in inner):
+        effects.append("dropout is active")
+    if any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in inner):
+        effects.append("BatchNorm uses the statistics of each batch")
+    return effects
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", None)
+    return isinstance(rate, (int, float)) and rate > 0
 
 
 def iterators(reached: list[tuple[str, Any]]) -> list[str]:

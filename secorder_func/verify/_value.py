@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secorder_func import tree
 from secorder_func.rules.randomness import RandomState
@@ -18,15 +18,18 @@ from secorder_func.verify import _reach as reach
 from secorder_func.verify._evidence import Evidence, evidence, quoted
 from secorder_func.verify._lenses import FirstNotFinite, Watch
 from secorder_func.verify._problem import Problem
+from secorder_func.verify._raised import named, of_the_loss
 from secorder_func.verify._result import Check
 
 __all__ = [
     "Surroundings",
     "dependence",
     "finite_number",
+    "mode",
     "randomness",
     "repeatability",
     "same_state",
+    "shapes",
 ]
 
 _ROUNDING = 16  # in unit roundoffs, between two evaluations
@@ -83,7 +86,7 @@ def finite_number(problem: Problem) -> tuple[Check, Tensor | None, Evidence | No
     try:
         value, leaves = problem.looked_at(lambda: watch).recorded(problem.leaves)
     except Exception as error:
-        cause = causes.of_the_loss(error)
+        cause = of_the_loss(error, problem.f, problem.params, problem.args)
         return Check(name, False, quoted(error), means, causes=cause), None, None
     if not bool(torch.isfinite(value)):
         finding = f"the loss is {float(value)}"
@@ -94,6 +97,18 @@ def finite_number(problem: Problem) -> tuple[Check, Tensor | None, Evidence | No
     return Check(name, True, finding, means), value.detach(), evidence(value, leaves, watch)
 
 
+def shapes(found: Evidence) -> Check | None:
+    """Say which outputs and targets a loss function broadcasts, if it does: more pairs than there are are an error."""
+    if not found.broadcast:
+        return None
+    grown = [pair for pair in found.broadcast if causes.grows(*pair)]
+    finding = causes.broadcasts(*(grown or found.broadcast)[0])
+    means = "Outputs and targets that are compared have one shape."
+    if not grown:
+        return Check("shapes", None, finding, means)
+    return Check("shapes", False, finding, means, causes=causes.of_shapes(*grown[0]))
+
+
 def _first_not_finite(problem: Problem) -> str:
     seen = FirstNotFinite()
     with suppress(Exception):
@@ -102,17 +117,18 @@ def _first_not_finite(problem: Problem) -> str:
 
 
 def _not_finite_in(problem: Problem) -> list[str]:
-    found = []
-    for name, given in (
-        ("params", problem.params),
-        ("args", problem.args),
-        ("kwargs", problem.kwargs),
-    ):
-        items = tree.flatten(given)[0]
-        for path, item in zip(tree.paths(given), items, strict=True):
-            if isinstance(item, Tensor) and not bool(torch.isfinite(item).all()):
-                found.append(f"{name}{path}")
-    return found
+    tensors = [
+        *_by_path("params", problem.params),
+        *named(problem.f, problem.args),
+        *_by_path("kwargs", problem.kwargs),
+    ]
+    return [name for name, t in tensors if not bool(torch.isfinite(t).all())]
+
+
+def _by_path(name: str, given: Any) -> Iterator[tuple[str, Tensor]]:
+    for path, item in zip(tree.paths(given), tree.flatten(given)[0], strict=True):
+        if isinstance(item, Tensor):
+            yield f"{name}{path}", item
 
 
 def repeatability(problem: Problem, value: Tensor, eps: float, around: Surroundings) -> Check:
@@ -177,6 +193,15 @@ def randomness(problem: Problem, value: Tensor, end: RandomState) -> Check:
         "an operator once"
     )
     return Check(name, None, finding, means)
+
+
+def mode(modules: list[tuple[str, nn.Module]]) -> Check | None:
+    """Say that the model is in training mode, if that makes a difference."""
+    effects = reach.training_effects([module for _, module in modules])
+    if not effects:
+        return None
+    finding = f"the model is in training mode: {', '.join(effects)}. model.eval() gives the function that predicts"
+    return Check("mode", None, finding, "Whether the model is in training mode.")
 
 
 def same_state(a: RandomState, b: RandomState) -> bool:

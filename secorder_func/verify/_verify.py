@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from secorder_func.verify._setting import Setting
 __all__ = ["verify"]
 
 _CHECKS = 12
-"""How many there are where all is well."""
+"""How many there are where all is well; `shapes` and `mode` come on top where they have something to say."""
 
 
 def verify(
@@ -57,6 +58,8 @@ def verify(
         True if no check failed; `print` it for a report with the likely causes. Its `checks`, in order:
 
         - `loss`: one finite real number; an error of the loss is quoted here.
+        - `shapes`, only where it matters: outputs and targets that a loss function of torch broadcasts.
+        - `mode`, only where it matters: the model is in training mode, with dropout or batch normalisation.
         - `repeatable`, `random numbers`: the same number again from the same random state; whether it draws any.
         - `gradient`, `gradient by differences`: finite, and the derivative of the loss.
         - `exact modes`, `product`: by which modes `H v` is possible, and that it is finite.
@@ -113,7 +116,8 @@ def verify(
         detached = tree.map(Tensor.detach, params)
         start = RandomState.now(tree.flatten(params)[0])
         problem = Problem(f, detached, args, kwargs, start)
-        with running.task(WHERE, _CHECKS, "checks"):
+        with running.task(WHERE, _CHECKS, "checks"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using a target size")  # the check of shapes
             return Verification(tuple(_checks(problem, params, generator, rtol)))
 
 
@@ -139,13 +143,15 @@ def _checks(
 ) -> list[Check]:
     """Make the checks as far as they make sense, and put back what the evaluations moved."""
     around = values.Surroundings.of(problem)
-    kept = Kept(given, reach.modules_in(around.reached()))
+    modules = reach.modules_in(around.reached())
+    kept = Kept(given, modules)
     loss, value, found = values.finite_number(problem)
     end, ends = RandomState.now(problem.leaves), around.states()
     checks = [loss]
     running.further(1)
     try:
         if value is not None and found is not None:
+            checks += _present(values.shapes(found), values.mode(modules))
             checks += _further(problem, value, found, end, around, generator, rtol)
     finally:
         changed = kept.put_back()
@@ -153,6 +159,11 @@ def _checks(
         around.restore(ends)
     checks.append(_state(changed, kept, around))
     return checks
+
+
+def _present(*checks: Check | None) -> list[Check]:
+    """Return the checks that there is something to say of, beside those that are counted."""
+    return [check for check in checks if check is not None]
 
 
 def _further(

@@ -7,25 +7,14 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from secorder_func import tree
-from secorder_func.nn import functional_loss
 from secorder_func.typing import LossFn, Tree
+from secorder_func.verify import returned
 from secorder_func.verify._verify import verify
-from secorder_func.verify.target import (
-    TargetError,
-    call_target,
-    current_folder_importable,
-    data_of,
-    quoted,
-)
+from secorder_func.verify.target import TargetError, call_target, current_folder_importable
 
 __all__ = ["UserProblem", "load", "run", "verify_and_print"]
-
-_OF_LOSS = "(f, params, *args) or (f, params, batches)"
-_OF_MODULE = "(model, loss_fn, inputs, targets) or (model, loss_fn, batches)"
-_RETURNS = f"{_OF_LOSS}, or {_OF_MODULE}"
 
 
 class UserProblem(NamedTuple):
@@ -64,41 +53,14 @@ def verify_and_print(title: str, problem: UserProblem, *, seed: int, rtol: float
 
 def load(target: str) -> UserProblem:
     """Call `package.module:function` and read what it returns; raise `TargetError` where that cannot be."""
-    return _read(call_target(target))
+    given = returned.read(call_target(target))
+    return UserProblem(given.f, given.params, returned.first_batch(given, lambda: _read(given)))
 
 
-def _read(returned: Any) -> UserProblem:
-    if not isinstance(returned, (tuple, list)):
-        raise TargetError(f"the function must return {_RETURNS}, got {type(returned).__name__}")
-    given = f"({', '.join(type(item).__name__ for item in returned)})"
-    if not returned or not callable(returned[0]):
-        raise TargetError(f"the function must return {_RETURNS}, got {given}")
-    first, *rest = returned
-    if not isinstance(first, nn.Module):
-        if not rest:
-            raise TargetError(f"with a loss the function must return {_OF_LOSS}, got {given}")
-        params, *data = rest
-        return UserProblem(first, params, _first_batch(data, params))
-    if len(rest) not in (2, 3):
-        raise TargetError(f"with a module the function must return {_OF_MODULE}, got {given}")
-    loss_fn, *data = rest
-    try:
-        f, params = functional_loss(first, loss_fn)
-    except (TypeError, ValueError) as error:
-        raise TargetError(str(error)) from error
-    return UserProblem(f, params, _first_batch(data, params))
-
-
-def _first_batch(data: list[Any], params: Tree) -> tuple[Any, ...]:
+def _read(given: returned.Returned) -> tuple[Any, ...]:
     """Return the only batch, or the first of several, on the device of the parameters."""
-    try:
-        batch, batches = data_of(data)
-        if batches is None:
-            assert batch is not None
-            return batch
-        tensors = tree.tensors_in(params)
-        return next(batches.read(tensors[0].device if tensors else None))
-    except StopIteration:
-        raise TargetError("there are no batches") from None
-    except Exception as error:  # whatever the user's data do
-        raise TargetError(f"reading the data raises {quoted(error)}") from error
+    if given.batches is None:
+        assert given.batch is not None
+        return given.batch
+    tensors = tree.tensors_in(given.params)
+    return next(given.batches.read(tensors[0].device if tensors else None))

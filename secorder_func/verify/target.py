@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from secorder_func.operators import Batches
+from secorder_func.verify._causes import listed
 from secorder_func.verify._evidence import quoted
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "TargetError",
     "call_target",
     "current_folder_importable",
-    "data_of",
     "quoted",
 ]
 
@@ -66,18 +65,53 @@ def _module(name: str) -> Any:
 
 
 def _attribute(module: Any, name: str) -> Any:
-    functions = [key for key, value in vars(module).items() if callable(value)]
     if name not in vars(module):
-        close = difflib.get_close_matches(name, functions, n=1)
-        mend = f" Did you mean {close[0]}?" if close else ""
-        raise TargetError(f"{module.__name__} has no function {name}.{mend}")
-    if name not in functions:
+        raise TargetError(_of_missing(module, name))
+    if not callable(vars(module)[name]):
         given = type(vars(module)[name]).__name__
         raise TargetError(f"{name} must be a function without arguments, got {given}")
     return vars(module)[name]
 
 
+def _of_missing(module: Any, name: str) -> str:
+    """Say where the function may be that a module does not have."""
+    title = module.__name__
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        folder = Path(next(iter(module.__path__)))
+        return (
+            f"{title} is the folder {folder}, not a module. Run the command inside of it, or name "
+            f"{title}.{_file_with(folder, name)}:{name}"
+        )
+    close = difflib.get_close_matches(
+        name, [k for k, v in vars(module).items() if callable(v)], n=1
+    )
+    if close:
+        return f"{title} has no function {name}. Did you mean {close[0]}?"
+    own = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == title and not key.startswith("_")
+    ]
+    there = f"It has {listed(own)}" if own else "It defines no function"
+    return f"{title} has no function {name}. {there}"
+
+
+def _file_with(folder: Path, name: str) -> str:
+    """Return the name of a file of a folder that defines a function, `FILE` if there is none."""
+    for file in sorted(folder.glob("*.py")):
+        if re.search(rf"^def {re.escape(name)}\(", file.read_text(errors="ignore"), re.MULTILINE):
+            return file.stem
+    return "FILE"
+
+
 def _call(function: Any) -> Any:
+    name = getattr(function, "__name__", "the function")
+    try:
+        inspect.signature(function).bind()
+    except ValueError:  # it has no signature
+        pass
+    except TypeError as error:
+        raise TargetError(f"{name} must be a function without arguments: {error}") from error
     try:
         return function()
     except Exception as error:
@@ -96,23 +130,3 @@ def current_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
-
-
-def data_of(rest: list[Any]) -> tuple[tuple[Any, ...] | None, Batches | None]:
-    """Return the one batch, or the batches: what a user's function returns behind a loss and its parameters.
-
-    Several items are the arguments of one batch, as are no items, a tuple, a tensor, a dict, a number. A list, a
-    loader and `Batches` are batches.
-    """
-    if len(rest) != 1:
-        return tuple(rest), None
-    (data,) = rest
-    if isinstance(data, Batches):
-        return None, data
-    if isinstance(data, tuple):
-        return data, None
-    if isinstance(data, (str, bytes)):
-        raise TypeError(f"the batches must be {BATCHES}, got {type(data).__name__}")
-    if isinstance(data, (Tensor, dict)) or not isinstance(data, Iterable):
-        return (data,), None
-    return None, Batches(data)

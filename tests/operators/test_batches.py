@@ -431,7 +431,8 @@ def test_the_message_names_the_other_reduction_before_rarer_causes(said: Any, me
     problem = Digits((4,), tokens=False)
     f, params = functional_loss(problem.model, problem.loss(meant))
     with pytest.raises(
-        ValueError, match=f"If the loss is a {meant}, pass reduction='{meant}'.*batch normalis"
+        ValueError,
+        match=rf"If the loss is a {meant}, take Batches\(data, reduction='{meant}'\).*batch normalis",
     ):
         Batches(problem.parts, reduction=said).loss(f, params)
 

@@ -207,6 +207,9 @@ def numbers():
 
 def raises():
     return 1 / 0
+
+def takes_one(size):
+    return nn.Linear(size, 3), F.cross_entropy, []
 """
 
 
@@ -216,6 +219,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "user_problem.py").write_text(USER_MODULE)
     (tmp_path / "needs_more.py").write_text("import a_package_that_nobody_has\n")
     (tmp_path / "no_python.py").write_text("def f(:\n")
+    (tmp_path / "of_torch.py").write_text("from torch import relu, tanh\n")
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_folder" / "it.py").write_text("def f():\n    pass\n")
     monkeypatch.chdir(tmp_path)
     # As for an installed command: the current folder is not on the path.
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
@@ -265,12 +271,26 @@ def test_verify_takes_a_tolerance_and_a_seed(
         ("needs_more:f", "importing needs_more raises ModuleNotFoundError"),
         ("no_python:f", "importing no_python raises SyntaxError"),
         ("user_problem:los", "user_problem has no function los. Did you mean loss?"),
+        (
+            "user_problem:zzz",
+            "has no function zzz. It has module, loss, loader, one_batch, batches",
+        ),
+        ("of_torch:zzz", "of_torch has no function zzz. It defines no function"),
+        (
+            "a_folder:f",
+            "a_folder, not a module. Run the command inside of it, or name a_folder.it:f",
+        ),
+        ("a_folder:g", "not a module. Run the command inside of it, or name a_folder.FILE:g"),
         ("user_problem:value", "value must be a function without arguments, got int"),
         ("user_problem:raises", "raises ZeroDivisionError: division by zero\nin raises"),
-        ("user_problem:nothing", "must return (f, params, *args) or (f, params, batches), or (m"),
+        ("user_problem:nothing", "(f, params, batches) or (model, loss_fn, batches), got nothing"),
         ("user_problem:not_callable", "got (Tensor, int)"),
-        ("user_problem:only_f", "(f, params, *args) or (f, params, batches), got (function)"),
-        ("user_problem:too_few", "or (model, loss_fn, batches), got (Linear, function)"),
+        ("user_problem:only_f", "or (model, loss_fn, batches), got (function)"),
+        (
+            "user_problem:too_few",
+            "the data are missing: expected (model, loss_fn, batches), got (Lin",
+        ),
+        ("user_problem:takes_one", "takes_one must be a function without arguments: missing a req"),
         ("user_problem:no_batches", "there are no batches"),
         ("user_problem:frozen", "no parameter of the model requires a gradient"),
         ("user_problem:numbers", "verify: every leaf of params must be a tensor"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,16 @@ def test_the_density_is_that_of_the_result_with_a_band_of_two_errors() -> None:
     seen = ~np.isnan(y)
     assert seen.sum() > 20
     np.testing.assert_allclose(y[seen], curve.value.numpy()[seen])
-    top = ax.collections[0].get_paths()[0].vertices[:, 1].max()
+    top = max(path.vertices[:, 1].max() for path in ax.collections[0].get_paths())
     assert top == pytest.approx(float((curve.value + 2 * curve.standard_error).max()))
+
+
+def test_bands_of_errors_can_be_seen_on_dark_ground() -> None:
+    for ax in (plots.plot_density(_density()), plots.plot_tracker([_record(0), _record(1)])):
+        band = ax.collections[0]
+        assert band.get_alpha() >= 0.35
+        assert band.get_linewidth()[0] > 0
+        assert len(band.get_edgecolor())
 
 
 def test_a_second_density_does_not_cut_off_the_first() -> None:
@@ -142,6 +151,19 @@ def test_the_histogram_counts_every_finite_sample_and_shows_the_typical_error() 
     assert ax.get_xscale() == "log"
     (bar,) = ax.containers[1].lines[2]
     assert np.ptp(bar.get_segments()[0][:, 0]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_the_mark_is_the_median_of_the_samples_and_of_their_errors(count: int) -> None:
+    values = [3.0, 11.0, 4.0, 2.0, 7.0][:count]
+    errors = [0.5, 0.1, 0.9, 0.2, 0.4][:count]
+    ax = plots.plot_samples(Estimate(torch.tensor(values), torch.tensor(errors), 8))
+    mark, _, (bar,) = ax.containers[1].lines
+    assert mark.get_xdata() == pytest.approx([statistics.median(values)])
+    length = np.ptp(bar.get_segments()[0][:, 0])
+    assert length == pytest.approx(2 * statistics.median(errors))
+    (text,) = ax.get_legend().get_texts()
+    assert text.get_text() == "median of the samples, ± typical error of one"
 
 
 def test_equal_samples_can_be_drawn() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import secorder_func
+from secorder_func import LinearOperator, SpectralDensity, hutchinson_diagonal, spectral_density
 from secorder_func.__main__ import main
+from secorder_func.algorithms.krylov_spaces import KrylovSpaces
 from secorder_func.errors import ArgumentError
 from secorder_func.report import measure, write_report
-from secorder_func.report.finding import Number
+from secorder_func.report.command import FULL, QUICK
+from secorder_func.report.finding import Number, with_error
 from secorder_func.report.outcome import Report
-from secorder_func.report.parts import PARTS
+from secorder_func.report.parts import PARTS, rows, samples
+from secorder_func.report.parts.layers import LAYERS, _clear
+from secorder_func.report.parts.samples import SAMPLES
+from secorder_func.report.parts.shares import share_between
+from secorder_func.report.subject import Subject
 from secorder_func.report.svg import svg_of
+from secorder_func.report.user import subject_of
 from tests import oracles
 
 NAMES = ["loss", "trace", "eigenvalues", "density", "layers", "samples", "surface"]
@@ -76,6 +88,20 @@ def no_data():
 def norm():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     return model, nn.CrossEntropyLoss(), data()
+
+def wide():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    return model, nn.CrossEntropyLoss(), data(20)
+
+def shuffled():
+    model, loss_fn, _ = module()
+    loader = DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True)
+    return model, loss_fn, loader
+
+def flat():
+    x, _ = data()
+    return nn.Linear(4, 2).double(), nn.L1Loss(), (x, 10 + x[:, :2])
 
 def slow():
     def f(p, x):
@@ -197,9 +223,9 @@ def test_the_page_has_every_part_with_a_figure_and_how_to_read_it(digits: Any) -
     sections = page.split("<section>")
     for part in PARTS:
         (section,) = (s for s in sections if f'id="{part.name}"' in s)
-        assert "<svg" in section
+        assert section.count("<svg") == section.count('aria-label="Figure: ') > 0
         assert part.reading.split(".")[0].replace("'", "&#39;") in section
-    assert "the most and the least curved samples" in page
+    assert "The most and the least curved of the first 128 of 256 samples." in page
     assert page.count("data:image/png") == 8
 
 
@@ -227,7 +253,7 @@ def test_every_figure_has_labelled_axes(
         for axes in figure.axes:
             if axes.get_label() == "<colorbar>":
                 assert axes.get_ylabel() == "loss"
-            elif "curved samples" in name:
+            elif "the most and the least curved" in name:
                 assert axes.get_xlabel() or not axes.get_visible()
             else:
                 assert axes.get_xlabel(), name
@@ -264,7 +290,7 @@ def test_the_terminal_shows_every_number_with_its_error_and_where_the_files_are(
 
 def test_the_json_says_what_was_measured_and_how(digits: Any) -> None:
     _, numbers, page = digits
-    assert numbers["schema"] == 1
+    assert numbers["schema"] == 2
     assert numbers["problem"] == {
         "num_parameters": 610,
         "num_samples": 256,
@@ -326,9 +352,8 @@ def test_numbers_of_a_loss_are_those_of_its_dense_hessian(
     assert numbers["parts"]["density"]["numbers"]["gauss_newton"] is None
     singles = [float(oracles.hessian(f, params, row[None]).trace()) for row in x]
     samples = numbers["parts"]["samples"]["numbers"]
-    some = singles if target == "loss" else singles[:6]
-    assert samples["traces"] == pytest.approx(some, rel=1e-9)
-    order = sorted(range(len(some)), key=lambda i: -some[i])
+    assert samples["traces"] == pytest.approx(singles, rel=1e-9)
+    order = sorted(range(10), key=lambda i: -singles[i])
     assert samples["most_curved"][0]["sample"] == order[0]
     assert samples["least_curved"][0]["sample"] == order[-1]
 
@@ -396,6 +421,395 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     assert report.as_json()["problem"] == {"b": [None, 1.0]}
 
 
+# ------------------------------------------------- no number that is noise reads as a fact
+
+
+def _of(part: str, numbers: dict[str, Any]) -> Any:
+    return numbers["parts"][part]["numbers"]
+
+
+def _plain(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page)).split())
+
+
+def _key_of(page: str) -> str:
+    return page.split('id="key"')[1].split("</section>")[0]
+
+
+def _quadrature(d: torch.Tensor, v: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return nodes and weights of one vector, by Rayleigh and Ritz over its Krylov space."""
+    basis = v[:, None] / v.norm()
+    for _ in range(steps - 1):
+        w = d * basis[:, -1]
+        for _ in range(3):
+            w = w - basis @ (basis.T @ w)
+        basis = torch.cat([basis, (w / w.norm())[:, None]], 1)
+    values, vectors = torch.linalg.eigh(basis.T @ (d[:, None] * basis))
+    return values, (vectors.T @ (basis.T @ v / v.norm())) ** 2
+
+
+SPECTRA = {
+    "uniform": torch.linspace(-1, 1, 300, dtype=torch.float64),
+    "decaying": torch.logspace(-6, 0, 300, dtype=torch.float64),
+    "of a network": torch.cat(
+        [
+            torch.logspace(-7, 0, 150, dtype=torch.float64),
+            -torch.logspace(-7, -1, 100, dtype=torch.float64),
+            torch.zeros(50, dtype=torch.float64),
+        ]
+    ),
+    "of low rank": torch.cat([torch.zeros(280).double(), torch.linspace(0.5, 1, 20).double()]),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 30])
+def test_what_lanczos_steps_leave_open_is_bounded_for_every_vector(name: str, steps: int) -> None:
+    d = SPECTRA[name]
+    v = torch.randn(len(d), dtype=torch.float64, generator=torch.Generator().manual_seed(steps))
+    if name == "of low rank":
+        steps = min(steps, 12)
+    nodes, weights = _quadrature(d, v, steps)
+    density = SpectralDensity(nodes[None], weights[None], len(d), steps)
+    for low, high in ((-math.inf, -0.01), (-0.01, 0.01), (0.3, math.inf), (-2, 0.7), (1.5, 2)):
+        share = share_between(density, low, high)
+        exact = float((v**2 / (v @ v))[(d >= low) & (d <= high)].sum())
+        assert abs(share.value - exact) <= share.blur + 1e-9
+        assert share.blur <= 0.5
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_shares_are_within_their_errors_of_those_of_the_dense_spectrum(name: str) -> None:
+    d = SPECTRA[name]
+    op = LinearOperator(lambda v: d * v, torch.zeros_like(d))
+    exact = [float((d.abs() <= 0.01).double().mean()), float((d < -0.01).double().mean())]
+    for vectors, steps in ((4, 24), (8, 48), (8, 5)):
+        right = 0
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            density = spectral_density(op, vectors, num_steps=steps, generator=generator)
+            shares = [
+                share_between(density, -0.01, 0.01),
+                share_between(density, -math.inf, -0.01),
+            ]
+            right += sum(
+                abs(share.value - truth) <= 2 * share.error + 1e-9
+                for share, truth in zip(shares, exact, strict=True)
+            )
+            if steps == 48:
+                assert max(share.blur for share in shares) < 0.06
+        assert right >= 18, (vectors, steps)
+
+
+def test_shares_of_the_page_are_those_of_the_dense_hessian(tmp_path: Path, problem: Any) -> None:
+    code, numbers, page = _run("wide", tmp_path)
+    assert code == 0
+    model, _, (x, y) = problem.wide()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    H = oracles.hessian(
+        lambda p: F.cross_entropy(torch.func.functional_call(model, p, (x,)), y), params
+    )
+    values = torch.linalg.eigvalsh(H)
+    largest = float(values.abs().max())
+    found = _of("density", numbers)
+    assert found["largest_magnitude"] == pytest.approx(largest, rel=1e-6)
+    for name, truth in (
+        ("near_zero", (values.abs() <= 0.01 * largest).double().mean()),
+        ("negative", (values < -0.01 * largest).double().mean()),
+    ):
+        error = found[f"share_{name}_standard_error"] + found[f"share_{name}_bound_of_steps"]
+        assert abs(found[f"share_{name}"] - float(truth)) <= 2 * error
+    key = _plain(_key_of(page))
+    assert "share of eigenvalues near zero (|λ| ≤ 1 % of the largest)" in key
+    assert "share clearly negative (λ < −1 % of the largest)" in key
+    assert "a bound for what 24 Lanczos steps leave open" in key
+    assert "From 4 random vectors of 24 Lanczos steps each." in _plain(page)
+
+
+def test_a_density_that_was_cut_short_says_what_it_is_from_and_gives_no_key_numbers(
+    tmp_path: Path, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = KrylovSpaces._step
+
+    def interrupted(self: KrylovSpaces) -> None:
+        right(self)
+        if self.done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(KrylovSpaces, "_step", interrupted)
+    code, numbers, page = _run("wide", tmp_path)
+    assert code == 130
+    assert numbers["parts"]["density"]["status"] == "partial"
+    assert "share" not in _key_of(page)
+    said = "From 4 random vectors of 5 Lanczos steps each. Cut short after 20 of 96 products"
+    assert said in _plain(page)
+    assert "The Gauss-Newton matrix was not come to." in page
+    assert _of("density", numbers)["cut_short"]
+
+
+def test_of_a_hessian_that_is_zero_there_are_no_shares(tmp_path: Path, problem: Any) -> None:
+    code, numbers, page = _run("flat", tmp_path)
+    assert code == 0
+    assert "share" not in _key_of(page)
+    assert "The Hessian is zero to rounding" in page
+    assert "Is the loss piecewise linear in the parameters?" in page
+    assert "learning rate" not in page
+    assert _of("density", numbers)["hessian"] is None
+
+
+def _quadratic(A: torch.Tensor) -> Subject:
+    """Return the subject whose Hessian is this matrix, half of its entries in either of two layers."""
+    half = len(A) // 2
+    params = {"a.w": torch.ones(half).double(), "b.w": torch.ones(len(A) - half).double()}
+
+    def f(p: Any) -> Any:
+        v = torch.cat([p["a.w"], p["b.w"]])
+        return v @ A @ v / 2
+
+    return Subject("t", f, params, (), None)
+
+
+def _measured(part: Any, subject: Subject, settings: Any, seed: int = 0) -> Any:
+    return part.measure(subject, settings, torch.Generator().manual_seed(seed), {})
+
+
+def test_noise_of_the_diagonal_is_no_negative_entry() -> None:
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(400, 400, dtype=torch.float64, generator=generator)
+    A = B @ B.T / 400 + 0.2 * (B + B.T)
+    A = A - A.diag().diag() + 0.05 * torch.eye(400).double()  # no entry of the diagonal is negative
+    found = _measured(LAYERS, _quadratic(A), replace(FULL, num_probes=48))
+    (table,) = found.tables
+    assert list(table.head) == ["layer", "parameters", "trace", "mean diagonal", "clearly negative"]
+    assert [row[-1] for row in table.rows] == ["none resolved", "none resolved"]
+    keys = set(found.numbers["layers"][0]["estimated_diagonal"])
+    assert not keys & {"least", "greatest", "share_negative"}
+    values = hutchinson_diagonal(_quadratic(A).hessian, 48).value["a.w"]
+    assert float(values.min()) < -1  # what the column would have said
+
+
+def test_entries_that_are_clearly_negative_are_counted_and_no_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(600, 600, dtype=torch.float64, generator=generator)
+    diagonal = torch.ones(600, dtype=torch.float64)
+    diagonal[:40] = -30
+    A = 0.1 * (B + B.T)
+    A = A - A.diag().diag() + diagonal.diag()
+    found = _measured(LAYERS, _quadratic(A), FULL)
+    first, second = (entry["estimated_diagonal"] for entry in found.numbers["layers"])
+    assert 30 <= first["num_clearly_negative"] <= 40
+    assert second["num_clearly_negative"] == 0
+    assert found.tables[0].rows[0][-1] == f"at least {first['num_clearly_negative']}"
+
+
+def test_chance_alone_makes_entries_clearly_negative_as_seldom_as_is_said() -> None:
+    """Of sums of random signs, one of them large or all alike: neither is a normal distribution."""
+    generator = torch.Generator().manual_seed(0)
+    for entries, probes in ((1, 8), (10, 16), (50, 64)):
+        bound, wrong = _clear(entries, probes), 0
+        for weights in (torch.tensor([1.0]), torch.ones(3), torch.tensor([3.0, 1.0, 0.1])):
+            shape = (1500, entries, probes, len(weights))
+            signs = torch.randint(2, shape, generator=generator, dtype=torch.int8).float() * 2 - 1
+            noise = (signs * weights).sum(-1)
+            error = noise.std(-1) / math.sqrt(probes)
+            wrong += int((noise.mean(-1) < -bound * error.clamp(min=1e-30)).any(1).sum())
+        assert wrong <= 0.05 * 3 * 1500, (entries, probes)
+    assert math.isinf(_clear(10_000, 16))
+
+
+def test_the_diagonal_of_few_parameters_is_exact(tmp_path: Path, problem: Any) -> None:
+    code, numbers, page = _run("module", tmp_path)
+    assert code == 0
+    torch.manual_seed(0)  # as the command does
+    model, _, _ = problem.module()
+    x, y = problem.data()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    H = oracles.hessian(
+        lambda p: F.cross_entropy(torch.func.functional_call(model, p, (x,)), y), params
+    )
+    d = H.diag()  # leaves by name: 0.bias, 0.weight, 2.bias, 2.weight
+    for entry, part in zip(_of("layers", numbers)["layers"], (d[:15], d[15:]), strict=True):
+        assert entry["trace"] == pytest.approx(float(part.sum()), rel=1e-9)
+        assert entry["standard_error"] == 0
+        found = entry["exact_diagonal"]
+        assert found["least"] == pytest.approx(float(part.min()), rel=1e-9)
+        assert found["greatest"] == pytest.approx(float(part.max()), rel=1e-9)
+        assert found["num_negative"] == int((part < 0).sum())
+        assert f"{int((part < 0).sum())} of {len(part)}" in page
+
+
+# ------------------------------------------------------------------------- which samples
+
+
+def test_samples_of_a_shuffled_loader_are_all_read_and_numbered_as_they_are(
+    tmp_path: Path, problem: Any
+) -> None:
+    code, numbers, page = _run("shuffled", tmp_path)
+    assert code == 0
+    torch.manual_seed(0)  # as the command does
+    model, loss_fn, _ = problem.module()
+    x, y = problem.data()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    singles = [
+        float(
+            oracles.hessian(
+                lambda p, i: loss_fn(
+                    torch.func.functional_call(model, p, (x[i, None],)), y[i, None]
+                ),
+                params,
+                i,
+            ).trace()
+        )
+        for i in range(10)
+    ]
+    found = _of("samples", numbers)
+    assert sorted(found["traces"]) == pytest.approx(sorted(singles), rel=1e-9)
+    assert found["traces"] != pytest.approx(singles, rel=1e-3)
+    most = found["most_curved"][0]
+    assert found["traces"][most["sample"]] == most["trace"] == pytest.approx(max(singles))
+    assert found["shuffled"]
+    assert "numbers count the samples in the order of reading" in page
+    assert "The most curved of all 10 samples" in page
+    assert "median trace of a sample (all 10 samples)" in _key_of(page)
+
+
+def test_of_a_large_model_only_the_first_batch_is_looked_at_and_it_is_said(
+    tmp_path: Path, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MOST_WORK", 27 * 4)
+    code, numbers, page = _run("module", tmp_path)
+    assert code == 0
+    assert len(_of("samples", numbers)["traces"]) == 4
+    plain = _plain(page)
+    assert (
+        "The first 4 of 10 samples, exactly. There are no more because the model is large" in plain
+    )
+    assert "The most curved of the first 4 of 10 samples" in plain
+    assert "largest trace of a sample (the first 4 of 10 samples)" in _plain(_key_of(page))
+
+
+def test_an_interruption_among_the_samples_keeps_the_batches_that_are_done(
+    tmp_path: Path, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = samples._measured, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return right(*args)
+
+    monkeypatch.setattr(samples, "_measured", interrupted)
+    code, numbers, page = _run("module", tmp_path)
+    assert code == 130
+    assert numbers["parts"]["samples"]["status"] == "partial"
+    assert len(_of("samples", numbers)["traces"]) == 4
+    assert "The most curved of the first 4 of 10 samples" in page
+    assert "because the model is large" not in page
+
+
+def test_the_samples_that_stand_out_are_measured_again_from_whatever_batch(
+    problem: Any,
+) -> None:
+    model, loss_fn, (x, y) = problem.wide()
+    settings = replace(QUICK, num_sample_probes=4)
+    whole = _measured(SAMPLES, subject_of((model, loss_fn, x, y), "t"), settings)
+    split = _measured(
+        SAMPLES, subject_of((model, loss_fn, [(x[:7], y[:7]), (x[7:], y[7:])]), "t"), settings
+    )
+    assert split.numbers["traces"] == pytest.approx(whole.numbers["traces"], rel=1e-9)
+    chosen = [
+        [entry["sample"] for entry in found.numbers["most_curved"]] for found in (split, whole)
+    ]
+    assert chosen[0] == chosen[1]
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    for entry in split.numbers["most_curved"]:
+        i = entry["sample"]
+        H = oracles.hessian(
+            lambda p, i: loss_fn(torch.func.functional_call(model, p, (x[i, None],)), y[i, None]),
+            params,
+            i,
+        )
+        assert entry["trace"] == pytest.approx(float(H.trace()), rel=1e-9)
+        assert [f"#{i}", str(int(y[i]))] in [list(row[:2]) for row in split.tables[0].rows]
+
+
+def test_there_is_one_median_and_it_has_the_typical_error_of_a_sample(digits: Any) -> None:
+    _, numbers, page = digits
+    found = _of("samples", numbers)
+    median = statistics.median(found["traces"])
+    error = statistics.median(found["standard_errors"])
+    assert found["median"] == pytest.approx(median)
+    assert found["typical_error_of_one_sample"] == pytest.approx(error)
+    key = _plain(_key_of(page))
+    label = "median trace of a sample (the first 128 of 256 samples)"
+    assert f"{label} {with_error(median, error)} typical error of one sample" in key
+    assert "were measured again exactly: there they have other, better numbers" in page
+
+
+def _best(values: list[float], errors: list[float | None]) -> Any:
+    everyone = list(range(len(values)))
+    return samples._Best(
+        everyone, everyone, dict(enumerate(values)), dict(enumerate(errors)), {}, {}, "", ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "said"),
+    [
+        ([241.0, 194.0, 191.0], [72.0, 70.0, 85.0], "The order is not resolved: these"),
+        ([241.0, 100.0, 99.0], [3.0, 3.0, 3.0], "The order is not resolved where neighbours"),
+        ([241.0, 194.0, 191.0], [0.7, 0.7, 0.7], ""),
+        ([241.0, 194.0, 191.0], [None, None, None], ""),
+        ([0.0, 0.0], [None, None], "All of them are equal."),
+    ],
+)
+def test_an_order_within_the_errors_is_not_resolved(
+    values: list[float], errors: list[float | None], said: str
+) -> None:
+    note = samples._order(list(range(len(values))), _best(values, errors))
+    assert note.startswith(said)
+    assert bool(note) == bool(said)
+
+
+def test_samples_that_may_be_more_curved_than_those_listed_are_counted(problem: Any) -> None:
+    model, loss_fn, (x, y) = problem.wide()
+    settings = replace(QUICK, num_sample_probes=2, num_shown=1)
+    found = _measured(SAMPLES, subject_of((model, loss_fn, x, y), "t"), settings)
+    values, errors = found.numbers["traces"], found.numbers["standard_errors"]
+    least = found.numbers["most_curved"][-1]["trace"]
+    again = sorted(range(20), key=lambda i: -values[i])
+    others = [i for i in range(20) if i not in again[:2] + again[-2:]]
+    count = sum(values[i] + 2 * errors[i] > least for i in others)
+    assert count > 0
+    noun = "other" if count == 1 else "others"
+    assert f"{count} {noun}, not measured again, may belong here" in found.tables[0].note
+
+
+# ---------------------------------------------------------------------- what the texts say
+
+
+def test_tolerance_and_learning_rate_are_named(tmp_path: Path, problem: Any) -> None:
+    _, numbers, page = _run("loss", tmp_path)
+    f, params, _ = problem.loss()
+    top = float(torch.linalg.eigvalsh(oracles.hessian(f, params, problem.data()[0]))[-1])
+    plain = _plain(page)
+    said = "every residual is within the tolerance, 0.01 % of the largest eigenvalue in magnitude."
+    assert said in plain
+    assert f"unstable above a learning rate of 2/λmax = {2 / top:.3g}." in plain
+    assert "within the errors: they are from other probes than it" in plain
+    width = _of("density", numbers)["hessian"]["width"]
+    assert f"spread out to a bell of standard deviation {width:.2g}" in plain
+
+
+def test_on_a_narrow_screen_figures_scroll_and_no_column_is_lost(digits: Any) -> None:
+    style = digits[2].split("<style>")[1].split("</style>")[0]
+    assert "display: none" not in style
+    assert re.search(r"figure svg \{[^}]*min-width: 30rem", style)
+    for figure in re.findall(r"<figure>(.*?)</figure>", digits[2], flags=re.DOTALL):
+        assert figure.strip().startswith('<div class="wide"')
+
+
 # --------------------------------------------------------------------- what does not work
 
 
@@ -447,7 +861,10 @@ def test_without_eigenvectors_the_directions_are_random(
             "report_problem:number",
             "expected (f, params, batches) or (model, loss_fn, batches), got int",
         ),
-        ("report_problem:only_module", "got (Linear, CrossEntropyLoss), a module without data"),
+        (
+            "report_problem:only_module",
+            "the data are missing: expected (model, loss_fn, batches), got (Linear, C",
+        ),
         ("report_problem:text", "the batches must be a tuple for one batch"),
         ("report_problem:no_batches", "there are no batches"),
         ("report_problem:vector_loss", "a tensor of one number, got shape (10,)"),
@@ -483,7 +900,7 @@ def test_counts_are_checked(options: list[str], capsys: pytest.CaptureFixture[st
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["report", "--help"])
-    assert "--problem my_package.my_module:my_function" in capsys.readouterr().out
+    assert "my_package.my_module:my_function" in capsys.readouterr().out
 
 
 def test_a_file_is_written_whole_or_not_at_all(
@@ -600,7 +1017,7 @@ def test_ctrl_c_in_the_middle_leaves_a_partial_report(folder: Path, tmp_path: Pa
     )
     assert child.stdout is not None
     for line in child.stdout:
-        if line.strip().startswith("trace"):  # that part has ended
+        if re.match(r"\s*(\d+ of \d+: )?trace", line):  # that part has ended
             break
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
@@ -678,6 +1095,15 @@ def test_bench_of_a_checkout_gets_its_own_options(
         (2.0, float("inf"), "2 ± ?"),
         (float("nan"), 1.0, "not finite"),
         (0.0, 0.0, "0 ± 0"),
+        (131.0, 228.0, "130 ± 230"),
+        (194.3, 70.4, "194 ± 70"),
+        (-0.3, 230.0, "0 ± 230"),
+        (0.0, 0.0012, "0.0000 ± 0.0012"),
+        (99.96, 0.0999, "99.96 ± 0.10"),
+        (-0.008234, 9e-5, "-0.008234 ± 0.000090"),
+        (2.0178612, 1.1e-11, "2.01786 ± 1.1e-11"),
+        (3.21e-7, 4e-8, "(3.21 ± 0.40)e-07"),
+        (1234567.0, 89000.0, "(1.235 ± 0.089)e+06"),
     ],
 )
 def test_a_number_has_the_digits_that_its_error_allows(
@@ -687,8 +1113,6 @@ def test_a_number_has_the_digits_that_its_error_allows(
 
 
 def test_inputs_that_look_like_images_are_drawn_as_such() -> None:
-    from secorder_func.report.user import subject_of
-
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
     x = torch.rand(3, 1, 6, 5)
     model(x)

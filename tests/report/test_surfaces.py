@@ -91,6 +91,27 @@ def test_a_plain_can_be_drawn() -> None:
     assert _drawn(plot_loss_surface((alphas, betas, torch.ones_like(losses)), log=True)) > 5_000
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "log", "labels"),
+    [
+        (0.0624, 0.39, False, ["0.1", "0.2", "0.3"]),
+        (-0.3, 1.2, False, ["0", "0.5", "1"]),
+        (0.0624, 3.9, True, ["0.1", "0.2", "0.5", "1", "2"]),
+        (3e-5, 4e8, True, ["0.0001", "0.01", "1", "100", "10000", "1000000", "100000000"]),
+        (1.1, 1.9, True, ["1.2", "1.4", "1.6", "1.8"]),
+    ],
+)
+def test_the_bar_has_a_few_round_numbers(
+    low: float, high: float, log: bool, labels: list[str]
+) -> None:
+    alphas, betas, _ = _plane()
+    losses = torch.linspace(low, high, 63, dtype=torch.float64).reshape(9, 7)
+    bar = plot_loss_surface((alphas, betas, losses), log=log).axes[1]
+    shown = [text.get_text() for text in bar.get_yticklabels()]
+    assert shown == labels
+    assert bar.get_yticks().tolist() == pytest.approx([float(label) for label in shown])
+
+
 X = torch.linspace(-1, 1, 5)
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from secorder_func import Eigenpairs, LinearOperator, SpectralDensity, eigsh, spectral_density
-from secorder_func.report.finding import Finding, Number, Part, Settings, Table, unless_cancelled
+from secorder_func import Eigenpairs, LinearOperator, SpectralDensity, eigsh, spectral_density, tree
+from secorder_func.report.finding import (
+    Finding,
+    Number,
+    Part,
+    Settings,
+    Table,
+    unless_cancelled,
+    with_error,
+)
 from secorder_func.report.palette import VERMILLION
+from secorder_func.report.parts.shares import Share, share_between
 from secorder_func.report.plots import plot_density, plot_eigenvalues
 from secorder_func.report.spectrum_plots import density_curve
 from secorder_func.report.subject import Subject
@@ -32,6 +42,7 @@ def _eigenvalues(
     shared["largest"] = largest
     smallest = unless_cancelled(lambda: eigsh(op, k, which="SA", rtol=_RTOL, generator=generator))
     ends = (largest,) if smallest is None else (largest, smallest)
+    shared["ends"] = ends
     key = [_key("largest eigenvalue", largest, 0)]
     if smallest is not None:
         key.append(_key("smallest eigenvalue", smallest, 0))
@@ -48,10 +59,24 @@ def _eigenvalues(
             _table(f"The {name}", end)
             for name, end in zip(("largest", "smallest"), ends, strict=False)
         ],
-        sentences=[
-            f"From {spent} products; "
-            + ("every residual is within the tolerance." if converged else "not all converged.")
-        ],
+        sentences=[f"From {spent} products; {_tolerance(converged)}", _step_bound(largest)],
+    )
+
+
+def _tolerance(converged: bool) -> str:
+    within = "is within" if converged else "should be within"
+    said = f"every residual {within} the tolerance, {100 * _RTOL:g} % of the largest eigenvalue in magnitude"
+    return f"{said}." if converged else f"{said}, and not all are: those have not converged."
+
+
+def _step_bound(largest: Eigenpairs) -> str:
+    """Say what the largest eigenvalue means for a training, if it is clearly positive."""
+    value, residual = float(largest.eigenvalues[0]), float(largest.residual_norms[0])
+    if not value > 2 * residual:
+        return ""
+    return (
+        "Gradient descent with a fixed step, without momentum, is unstable above a learning rate of "
+        f"2/λmax = {2 / value:.3g}."
     )
 
 
@@ -66,7 +91,7 @@ def _table(title: str, pairs: Eigenpairs) -> Table:
     rows = [
         [
             str(i + 1) if first else (f"n−{i}" if i else "n"),
-            str(Number("", value, residual)),
+            with_error(value, residual),
         ]
         for i, (value, residual) in enumerate(found)
     ]
@@ -107,44 +132,127 @@ def _density(
         note = "The Gauss-Newton matrix leaves out the curvature of the model."
         op = matrix
         gauss_newton = unless_cancelled(lambda: measured(op))
-    largest = float(hessian.nodes[hessian.weights > 0].abs().max())
-    shares = hessian.cumulative(
-        torch.tensor([-_NEAR * largest, _NEAR * largest], dtype=torch.float64)
-    )
-    below = _share(
-        "share of eigenvalues below −1 % of the largest",
-        float(shares.value[0]),
-        float(shares.standard_error[0]),
-    )
-    both = hessian.mean_of(lambda x: (x.abs() <= _NEAR * largest).double())
-    near = _share(
-        "share of eigenvalues within 1 % of the largest",
-        float(both.value),
-        float(both.standard_error),
-    )
+        if gauss_newton is None:
+            note = "The Gauss-Newton matrix was not come to."
+    largest = _largest(hessian, shared)
+    if largest <= _rounding(subject, shared):
+        return _nothing(hessian)
+    shares = {
+        "near_zero": share_between(hessian, -_NEAR * largest, _NEAR * largest),
+        "negative": share_between(hessian, -math.inf, -_NEAR * largest),
+    }
+    cut = _cut_short(hessian, settings)
+    figure = "density of the eigenvalues"
     return Finding(
         numbers={
             "hessian": _curve(hessian),
             "gauss_newton": None if gauss_newton is None else _curve(gauss_newton),
-            "share_near_zero": near.value,
-            "share_near_zero_error": near.error,
-            "share_negative": below.value,
-            "share_negative_error": below.error,
+            "largest_magnitude": largest,
+            "cut_short": cut,
+            **{
+                f"share_{name}{of}": found
+                for name, share in shares.items()
+                for of, found in (
+                    ("", share.value),
+                    ("_standard_error", share.standard_error),
+                    ("_bound_of_steps", share.blur),
+                )
+            },
         },
-        key=[near, below],
-        figures={"density of the eigenvalues": lambda: _densities(hessian, gauss_newton)},
+        key=[] if cut else [_share(_LABELS[name], shares[name], hessian) for name in shares],
+        figures={figure: lambda: _densities(hessian, gauss_newton)},
+        captions={figure: _caption(hessian, gauss_newton)},
+        sentences=[_made(hessian, gauss_newton, settings), note],
+    )
+
+
+_LABELS = {
+    "near_zero": f"share of eigenvalues near zero (|λ| ≤ {100 * _NEAR:g} % of the largest)",
+    "negative": f"share clearly negative (λ < −{100 * _NEAR:g} % of the largest)",
+}
+
+
+def _largest(hessian: SpectralDensity, shared: dict[str, Any]) -> float:
+    """Return the largest magnitude of an eigenvalue that was seen, here or before."""
+    seen = [hessian.nodes[hessian.weights > 0]]
+    seen += [end.eigenvalues.double().cpu() for end in shared.get("ends", ())]
+    return float(torch.cat(seen).abs().max())
+
+
+def _rounding(subject: Subject, shared: dict[str, Any]) -> float:
+    """Return how small eigenvalues are zero: those that no step as long as the parameters lets one see in the loss."""
+    size = float(tree.norm(subject.params)) ** 2
+    loss = abs(float(shared.get("loss", 0.0)))
+    if not size or not math.isfinite(loss):
+        return 0.0
+    return float(torch.finfo(tree.common_dtype(subject.params)).eps * loss / size)
+
+
+def _nothing(hessian: SpectralDensity) -> Finding:
+    return Finding(
+        numbers={"hessian": None, "gauss_newton": None, "largest_magnitude": 0.0},
         sentences=[
-            f"From {settings.num_vectors} random vectors of {min(settings.num_steps, subject.num_params)} Lanczos "
-            f"steps each. {note}"
+            "The Hessian is zero to rounding: there is no spectrum to be drawn, and there are no shares. Is the loss "
+            "piecewise linear in the parameters?"
         ],
     )
 
 
-def _share(label: str, value: float, error: float) -> Number:
-    """Return a share; zero and without spread it is not known to be zero."""
-    none = not value and not error
-    return Number(
-        label, value, error, "none seen by the random vectors" if none else "standard error"
+def _cut_short(density: SpectralDensity, settings: Settings) -> bool:
+    steps = min(settings.num_steps, density.dimension)
+    return density.num_matvecs < settings.num_vectors * steps
+
+
+def _made(
+    hessian: SpectralDensity, gauss_newton: SpectralDensity | None, settings: Settings
+) -> str:
+    """Say how many vectors and steps there are, not how many there should have been."""
+    said = f"From {_counts(hessian)}."
+    if _cut_short(hessian, settings):
+        steps = min(settings.num_steps, hessian.dimension)
+        said += (
+            f" Cut short after {hessian.num_matvecs} of {settings.num_vectors * steps} products: the curve is coarser "
+            "than it should be, and shares of eigenvalues are not among the key numbers."
+        )
+    if gauss_newton is not None and _cut_short(gauss_newton, settings):
+        said += f" That of the Gauss-Newton matrix was cut short: {_counts(gauss_newton)}."
+    return said
+
+
+def _counts(density: SpectralDensity) -> str:
+    vectors, steps = density.nodes.shape
+    return f"{_several(vectors, 'random vector')} of {_several(steps, 'Lanczos step')} each"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _share(label: str, share: Share, density: SpectralDensity) -> Number:
+    """Return a share; below half an eigenvalue it is none, as far as random vectors can see."""
+    if share.value + share.error < 0.5 / density.dimension:
+        return Number(label, 0.0, None, "none seen by the random vectors")
+    steps = density.nodes.shape[1]
+    meaning = "standard error over the random vectors"
+    if share.blur > 0.05 * share.standard_error:
+        meaning = (
+            f"{share.standard_error:.2g}, standard error over the random vectors, plus {share.blur:.2g}, a bound for "
+            f"what {_several(steps, 'Lanczos step')} leave open"
+        )
+    return Number(label, share.value, share.error, meaning)
+
+
+def _caption(hessian: SpectralDensity, gauss_newton: SpectralDensity | None) -> str:
+    """Say how wide the smoothing is, and what it feigns."""
+    width = density_curve(hessian, 3)[2]
+    said = f"Every eigenvalue is spread out to a bell of standard deviation {width:.2g}"
+    if gauss_newton is None:
+        return f"{said}: the curve ends beyond the outermost eigenvalues, which are in the tables above."
+    other = density_curve(gauss_newton, 3)[2]
+    return (
+        f"{said} (Gauss-Newton: {other:.2g}): curves end beyond the outermost eigenvalues; those of the Hessian are in "
+        "the tables above, and the Gauss-Newton matrix of a convex loss has none below zero, whatever its curve does "
+        "there."
     )
 
 
@@ -179,8 +287,9 @@ EIGENVALUES = Part(
 DENSITY = Part(
     "density",
     "Spectral density",
-    "How the eigenvalues are distributed, on a logarithmic scale, each spread out by a hundredth of the range. A peak "
-    "at zero with a few bumps far to the right is what trained networks show. The band is two standard errors over "
-    "the random vectors.",
+    "How the eigenvalues are distributed, on a logarithmic scale. A peak at zero with a few bumps far to the right is "
+    "what trained networks show. The band is two standard errors over the random vectors; it does not tell how much "
+    "the number of Lanczos steps blurs. The error of the shares has both: what the steps leave open is bounded by the "
+    "inequalities of Chebyshev, Markov and Stieltjes.",
     _density,
 )
