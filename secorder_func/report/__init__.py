@@ -105,7 +105,7 @@ def write_report(
 
     Notes
     -----
-    Cost: some hundred Hessian-vector products and, of the samples of one batch, forms and traces. Bars show the time
+    Cost: some hundred Hessian-vector products and, of up to 1,024 samples, forms and traces. Bars show the time
     left where a terminal or a notebook can show them.
 
     Examples
