@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,21 @@ def test_the_mend_of_shapes_gives_targets_the_shape_of_outputs(
     p, y = torch.arange(5.0).double().reshape(outputs), torch.ones(targets).double()
     (cause,) = verify(F.mse_loss, p, y)["shapes"].causes
     assert cause.mend == f"Use {mend}."
+
+
+def test_pairs_that_are_meant_are_no_failure() -> None:
+    codes = torch.linspace(-1, 1, 3).double()
+
+    def nearest(p: Tensor) -> Tensor:
+        return F.mse_loss(p[:, None], codes[None], reduction="none").min(1).values.mean()
+
+    def all_pairs(p: Tensor) -> Tensor:
+        return F.mse_loss(p[:, None], codes[None])
+
+    for f in (nearest, all_pairs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own
+            assert verify(f, P).ok
 
 
 def test_a_target_for_all_outputs_is_no_failure() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.batch_sums import Args, Batch, BatchSums
+from secorder_func.rules.in_double import InDouble, widened
 from secorder_func.transforms.fisher import Reduction
-from secorder_func.transforms.independence import elsewhere
 from secorder_func.typing import Tree
 
 __all__ = ["BatchWeights", "Value", "Weight"]
@@ -88,14 +88,16 @@ class BatchWeights:
     def require_right(self, value: Value, params: Tree, sums: BatchSums, batch: Batch) -> None:
         """Refuse weights and a reduction that the losses of the parts of a batch contradict.
 
-        Of a loss that was fitted, rounding may be all that is left: what is wrong is so at other parameters, too.
+        Of a loss that was fitted, little but rounding may be left: what contradicts is looked at again in double
+        precision, to the same tolerance.
         """
         parts = self._parts(value, params, sums, batch)
         if parts is None or parts.add_up is not False:
             return
-        with suppress(Exception):  # elsewhere there may be no loss
-            others = self._parts(value, elsewhere(params), sums, batch)
-            if others is not None and others.add_up:
+        with suppress(Exception), InDouble():  # there may be no such
+            wide = replace(batch, args=widened(batch.args))
+            again = self._parts(value, widened(params), sums, wide)
+            if again is not None and replace(again, eps=parts.eps).add_up:
                 return
         mean = self.reduction == "mean"
         what = "weights times losses" if mean else "losses"

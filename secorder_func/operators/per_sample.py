@@ -31,7 +31,7 @@ from secorder_func.transforms.gauss_newton import flat_model, ggnvp, outputs_fun
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.independence import (
     LOOKED_AT,
-    fixed_steps,
+    fixed_normal,
     refuse_dependent_losses,
     refuse_dependent_outputs,
     watched,
@@ -390,7 +390,7 @@ def _refuse_dependent_loss(
     model = flat_model(model_fn, loss_fn, params, *some.restore(some.tensors), where=where)
     with state.replayed(), out_of_inference_mode(), torch.no_grad():
         smooth, others = model.outputs_at(forward=False, higher=False)(model.leaves)
-    ways = fixed_steps(smooth)
+    ways = fixed_normal(smooth)
     parts = (smooth, ways, others, some.tensors)
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     held = Samples(tuple(t for part in parts for t in part), tuple)

@@ -61,6 +61,7 @@ def run_report(
     """Report on a user's problem or the digits; return 0, 1 if a part failed, 2 if it cannot run, 130 after Ctrl-C."""
     settings = _settings(quick, num_probes, num_eigenvalues)
     make_folder(output, "report", "--output")
+    folder = output.absolute()  # the user's function may change the current one
     console = make_console()
     stages = Stages(console)
     report: Report | None = None
@@ -78,7 +79,7 @@ def run_report(
                 subject = _digits(quick, seed, stages)
             report = _begun(subject, settings, seed, stages)
             console.print(f"  {report.headline}")
-            paths = _finished(report, subject, output, settings, seed, stages)
+            paths = _finished(report, subject, folder, settings, seed, stages)
     except user.TargetError as error:
         print(f"report {problem}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -95,7 +96,7 @@ def run_report(
         return 2
     _print(console, report)
     for path in paths:
-        console.print(f"Written: {path}", soft_wrap=True)
+        console.print(f"Written: {output / path.name}", soft_wrap=True)
     if interrupted or report.interrupted:
         return INTERRUPTED
     return 1 if report.titles("failed") else 0
@@ -121,6 +122,7 @@ def report_of(
         After Ctrl-C, when the partial report is written.
     """
     make_folder(folder, "write_report", "folder=")
+    folder = folder.absolute()
     settings = _settings(quick, num_probes, num_eigenvalues)
     stages = Stages(Console(quiet=True))
     try:

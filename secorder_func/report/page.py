@@ -51,19 +51,22 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
         page: html_of(report),
         numbers: json.dumps(report.as_json(), allow_nan=False, indent=1) + "\n",
     }
-    for path, text in texts.items():
-        _write_whole(path, text)
+    _write_whole(texts)
     return page, numbers
 
 
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+def _write_whole(texts: dict[Path, str]) -> None:
+    """Write all files beside their places, then put them there: nothing, or all of it."""
+    own = f"{os.getpid()}.{uuid.uuid4().hex[:8]}.part"
+    parts = {path: path.with_name(f"{path.name}.{own}") for path in texts}
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        for path, part in parts.items():
+            with part.open("w", encoding="utf-8") as file:
+                file.write(texts[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

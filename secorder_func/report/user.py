@@ -17,7 +17,7 @@ from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.verify._causes import no_dependence, not_finite
 from secorder_func.verify._evidence import Evidence, evidence
 from secorder_func.verify._lenses import Watch
-from secorder_func.verify._raised import named, of_the_loss
+from secorder_func.verify._raised import named, of_the_loss, takes
 from secorder_func.verify._reach import training_effects
 from secorder_func.verify._result import Cause
 from secorder_func.verify._value import shapes
@@ -120,7 +120,8 @@ def _require_derivatives(found: Evidence) -> None:
 
 
 def _hint(subject: Subject, batch: tuple[Any, ...], error: Exception) -> str:
-    if subject.batches is not None and len(batch) == 1 and isinstance(batch[0], Tensor):
+    one = subject.batches is not None and len(batch) == 1 and isinstance(batch[0], Tensor)
+    if one and not takes(subject.f, subject.params, batch):
         return f". The first batch is one tensor; pass {BATCHES}"
     return _said(of_the_loss(error, subject.f, subject.params, batch))
 

@@ -19,20 +19,18 @@ from torch.overrides import TorchFunctionMode
 from secorder_func import tree
 from secorder_func.errors import ArgumentError, message
 from secorder_func.rules import evaluated
+from secorder_func.rules.in_double import InDouble, widened
 from secorder_func.rules.inference import out_of_inference_mode
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import vjp, without_vmap_warnings
 from secorder_func.transforms.hessian import hvp_and_grad
 from secorder_func.transforms.loss import Leaves
 from secorder_func.transforms.samples import Samples
-from secorder_func.typing import Tree
 
 __all__ = [
     "LOOKED_AT",
     "MIXED",
-    "elsewhere",
     "fixed_normal",
-    "fixed_steps",
     "looking",
     "outputs_alone",
     "refuse_dependent_losses",
@@ -98,18 +96,28 @@ def refuse_dependent_losses(
     at and for their halves. Where random numbers are drawn, which differ from sample to sample in a batch, it is seen
     whether other samples in its place make a difference to half of them; a single number is then not looked at.
 
-    Of losses that were fitted, little but rounding may be left. Samples that influence each other do so elsewhere, too.
+    Of losses that were fitted, little but rounding may be left: what contradicts is looked at again in double
+    precision, to the same tolerance.
     """
     error = _dependence(loss_of, leaves, samples, state, random, where)
     if error is None:
         return
-    with suppress(Exception):  # elsewhere there may be no loss
-        if (
-            _dependence(loss_of, elsewhere(leaves), samples, state, random, where, finite=True)
-            is None
-        ):
+
+    def more_precisely(at: Leaves, batch: Any) -> Tensor:
+        with InDouble():
+            return loss_of(at, batch)
+
+    wide = Samples(widened(samples.tensors), samples.restore)
+    eps = _eps(leaves)
+    with suppress(Exception):  # there may be no such
+        if _dependence(more_precisely, widened(leaves), wide, state, random, where, eps) is None:
             return
     raise error
+
+
+def _eps(tensors: Sequence[Tensor]) -> float:
+    """Return the largest unit roundoff of some tensors."""
+    return max(torch.finfo(t.dtype).eps for t in tensors)
 
 
 def _dependence(
@@ -119,20 +127,17 @@ def _dependence(
     state: RandomState,
     random: bool,
     where: str,
-    *,
-    finite: bool = False,
+    eps: float = 0.0,
 ) -> ArgumentError | None:
-    """Return what shows that samples influence each other, None if nothing does; raise if losses must be finite."""
+    """Return what shows that samples influence each other by more than rounding does, of at least `eps`; else None."""
     some = samples.some(LOOKED_AT)
     direction = fixed_normal(leaves)
     weights = fixed_normal((leaves[0].new_zeros(some.count),))[0].abs() + 0.5
     whole = some.restore(some.tensors)
     with looking(state):
         value = evaluated(lambda rules: loss_of(leaves, whole), forward=False, higher=False)
-    if finite and not bool(value.isfinite().all()):
-        raise ArithmeticError("the loss is not finite")
     each = value.shape == (some.count,)
-    eps = max(torch.finfo(t.dtype).eps for t in (value, *leaves))
+    eps = max(eps, _eps((value, *leaves)))
 
     def measured(batch: Any, kept: Tensor | None) -> Tensor:
         def total(at: Leaves) -> Tensor:
@@ -161,7 +166,7 @@ def _dependence(
         expected = (weights.to(alone).unsqueeze(1) * alone).sum(0)
         scale = (weights.to(alone).unsqueeze(1) * alone).abs().sum()
         if not (
-            agree(value, alone[:, 0]) and _near(measured(whole, weights), expected, scale, eps)
+            agree(value, alone[:, 0], eps) and _near(measured(whole, weights), expected, scale, eps)
         ):
             problem = f"{MIXED}: in the batch they have other losses than alone"
             return ArgumentError(message(where, problem, _OUT))
@@ -253,15 +258,15 @@ def same_pullbacks(
     (one,), (two,) = pull(cotangents), pull_other(cotangents)
     apart = sum(float((a - b).abs().square().sum()) for a, b in zip(one, two, strict=True)) ** 0.5
     size = sum(float(b.abs().square().sum()) for b in two) ** 0.5
-    eps = max(torch.finfo(t.dtype).eps for t in (*values, *leaves))
+    eps = _eps((*values, *leaves))
     return not apart > 8 * eps**0.5 * size
 
 
-def agree(batch: Tensor, alone: Tensor) -> bool:
-    """Say whether samples have equal values in two ways, each in its own size, but for rounding."""
+def agree(batch: Tensor, alone: Tensor, eps: float = 0.0) -> bool:
+    """Say whether samples have equal values in two ways, each in its own size, but for rounding, of at least `eps`."""
     if batch.shape != alone.shape:
         return False
-    eps = max(torch.finfo(t.dtype).eps for t in (batch, alone))
+    eps = max(eps, _eps((batch, alone)))
     dtype = torch.promote_types(batch.dtype, alone.dtype)
     first, second = (t.detach().to(dtype).reshape(t.shape[0], -1) for t in (batch, alone))
     if not first.numel():
@@ -299,22 +304,6 @@ def fixed_normal(likes: Sequence[Tensor]) -> Leaves:
         torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device, t.dtype)
         for t in likes
     )
-
-
-def elsewhere(at: Tree) -> Tree:
-    """Return a tree of random numbers as large as those that are there: nothing is fitted to them."""
-    leaves, unflatten = tree.flatten(at)
-    return unflatten(fixed_steps(leaves))
-
-
-def fixed_steps(likes: Sequence[Tensor]) -> Leaves:
-    """Return random numbers that are always the same, as large as the finite entries are that are not zero, or one."""
-    steps = []
-    for z, way in zip(likes, fixed_normal(likes), strict=True):
-        sizes = z.detach().abs()
-        sizes = sizes[sizes.isfinite() & (sizes > 0)]
-        steps.append(way * sizes.median() if sizes.numel() else way)
-    return tuple(steps)
 
 
 @contextmanager

@@ -350,8 +350,9 @@ def asymmetric(evidence: Evidence) -> tuple[Cause, ...]:
 
 
 def grows(outputs: Shape, targets: Shape) -> bool:
-    """Say whether two shapes are broadcast to one that neither of them has."""
-    return torch.broadcast_shapes(outputs, targets) not in (outputs, targets)
+    """Say whether two shapes are broadcast to one that neither of them has, and nobody seems to have meant it."""
+    meant = len(outputs) == len(targets) and math.prod(outputs) != math.prod(targets)
+    return not meant and torch.broadcast_shapes(outputs, targets) not in (outputs, targets)
 
 
 def broadcasts(outputs: Shape, targets: Shape) -> str:

@@ -1,4 +1,4 @@
-"""Ways of looking at an evaluation of a loss: what it calls, in double precision, with nothing held constant.
+"""Ways of looking at an evaluation of a loss: what it calls, and with nothing held constant.
 
 Each is a `TorchFunctionMode` that goes around the user's function, inside the library's rules.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FirstNotFinite", "HoldingNothing", "InDouble", "Shape", "Watch", "wider"]
+__all__ = ["FirstNotFinite", "HoldingNothing", "Shape", "Watch"]
 
 _TENSOR: Any = torch.Tensor
 _GET_DATA = _TENSOR.data.__get__
@@ -81,7 +81,11 @@ class Watch(TorchFunctionMode):
             self.cuts.add(getattr(func, "__name__", str(func)).strip("_"))
         return result
 
-    def _compare(self, input: Any, target: Any, *_: Any, **__: Any) -> None:
+    def _compare(
+        self, input: Any, target: Any, *_: Any, reduction: str = "mean", **__: Any
+    ) -> None:
+        if reduction == "none":  # who reduces it may mean all pairs
+            return
         shapes = [tuple(t.shape) for t in (input, target) if isinstance(t, Tensor)]
         if len(shapes) == 2 and shapes[0] != shapes[1]:
             self.broadcast[shapes[0], shapes[1]] = None
@@ -122,51 +126,3 @@ class HoldingNothing(TorchFunctionMode):
         if func is _SET_GRAD_ENABLED:
             return None
         return func(*args, **(kwargs or {}))
-
-
-_WIDER = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
-_CASTS = (_TENSOR.float, _TENSOR.half, _TENSOR.bfloat16)
-
-
-def wider(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of double precision for a floating or complex one, others as they are."""
-    return _WIDER.get(dtype, dtype)
-
-
-class InDouble(TorchFunctionMode):
-    """Evaluates in double precision: every floating tensor and every dtype that a function is given is widened.
-
-    Captured tensors are widened once an evaluation, so that what the loss writes to one is there when it is read.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._widened: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _CASTS:
-            func = _TENSOR.double
-        return func(*self._wide(tuple(args)), **self._wide(dict(kwargs or {})))
-
-    def _wide(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.dtype not in _WIDER:
-                return value
-            if id(value) not in self._widened:
-                self._widened[id(value)] = (value, value.to(_WIDER[value.dtype]))
-            return self._widened[id(value)][1]
-        if isinstance(value, torch.dtype):
-            return wider(value)
-        if type(value) is tuple or type(value) is list:
-            return type(value)(self._wide(item) for item in value)
-        if type(value) is dict:
-            return {key: self._wide(item) for key, item in value.items()}
-        return value

@@ -14,14 +14,15 @@ from torch import Tensor
 from secorder_func import tree
 from secorder_func.rules import SecondOrderRules, evaluated
 from secorder_func.rules.backward import grad_under_rules
+from secorder_func.rules.in_double import InDouble, widened
 from secorder_func.rules.randomness import RandomState
 from secorder_func.rules.torch_func import grad
 from secorder_func.transforms.hessian import hvp
 from secorder_func.transforms.loss import FlatLoss, Leaves, checked_scalar, flat_loss
 from secorder_func.typing import LossFn, Mode, Tree
-from secorder_func.verify._lenses import HoldingNothing, InDouble, wider
+from secorder_func.verify._lenses import HoldingNothing
 
-__all__ = ["WHERE", "Problem", "widened"]
+__all__ = ["WHERE", "Problem"]
 
 WHERE = "verify"
 
@@ -146,8 +147,3 @@ class Problem:
 
 def _variables(leaves: Leaves) -> Leaves:
     return tuple(leaf.detach().requires_grad_() for leaf in leaves)
-
-
-def widened(vector: Tree) -> Tree:
-    """Return a tree in double precision."""
-    return tree.map(lambda leaf: leaf.to(wider(leaf.dtype)), vector)

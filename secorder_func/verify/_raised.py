@@ -14,7 +14,7 @@ from secorder_func import tree
 from secorder_func.typing import LossFn, Tree
 from secorder_func.verify._result import Cause
 
-__all__ = ["named", "of_the_loss"]
+__all__ = ["named", "of_the_loss", "takes"]
 
 Named = list[tuple[str, Tensor]]
 """Tensors of the data, with the expressions that lead to them."""
@@ -46,8 +46,8 @@ def of_the_loss(
     text = str(error)
     cause = (
         _of_the_value(text)
-        or _of_the_call(text, args)
-        or _of_outputs(text)
+        or _of_the_call(f, params, args)
+        or _of_outputs(text, error)
         or _of_class_numbers(text)
     )
     if cause is None:
@@ -88,8 +88,19 @@ def _of_the_value(text: str) -> Cause | None:
     return None
 
 
-def _of_the_call(text: str, args: tuple[Any, ...]) -> Cause | None:
-    if len(args) != 1 or not re.search(r"missing \d+ required positional argument", text):
+def takes(f: LossFn, params: Tree, args: tuple[Any, ...]) -> bool:
+    """Say whether a loss can be called so, as far as its signature tells."""
+    try:
+        inspect.signature(f).bind(params, *args)
+    except ValueError:  # it has none
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def _of_the_call(f: LossFn, params: Tree, args: tuple[Any, ...]) -> Cause | None:
+    if len(args) != 1 or takes(f, params, args):
         return None
     (batch,) = args
     what = f"the batch is one argument, a {type(batch).__name__}"
@@ -102,8 +113,10 @@ def _of_the_call(text: str, args: tuple[Any, ...]) -> Cause | None:
     return Cause(what, "Pass its parts: f(params, x, y).")
 
 
-def _of_outputs(text: str) -> Cause | None:
+def _of_outputs(text: str, error: BaseException) -> Cause | None:
     """Return the cause of a loss function that is given a tuple or a dict by the model, or arrays by the data."""
+    if isinstance(error, AttributeError) and not _of_torch(error):
+        return None  # of the user's own code
     if "must be Tensor, not numpy.ndarray" in text:
         return Cause("the data are NumPy arrays", "Pass torch.from_numpy(x).")
     found = re.search(
@@ -120,10 +133,24 @@ def _of_outputs(text: str) -> Cause | None:
     )
 
 
+def _of_torch(error: BaseException) -> bool:
+    """Say whether an error comes out of torch's own code, or of what the library puts in its place."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    name = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] in ("torch", "secorder_func")
+
+
 def _of_class_numbers(text: str) -> Cause | None:
     found = re.search(r"Target (-?\d+) is out of bounds", text)
     if found is None:
         return None
+    if found[1].startswith("-"):
+        return Cause(
+            f"a class number is {found[1]}: they count from 0",
+            "If it marks what does not count, pass ignore_index to the loss.",
+        )
     return Cause(
         f"a class number is {found[1]}: they count from 0, and the model has too few outputs for it",
         "Give the last layer an output for each class, or number the classes from 0.",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from secorder_func import tree
+from secorder_func.rules.in_double import widened
 from secorder_func.transforms.loss import Leaves
 from secorder_func.verify._differences import Comparison, Precision, finite
 from secorder_func.verify._evidence import Evidence
-from secorder_func.verify._problem import Problem, widened
+from secorder_func.verify._problem import Problem
 
 __all__ = ["Decision", "Setting", "places"]
 

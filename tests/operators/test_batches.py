@@ -720,6 +720,16 @@ def test_what_little_is_left_of_a_fitted_loss_does_not_contradict_weights() -> N
         summed @ torch.ones(())
 
 
+def test_a_sum_is_no_mean_though_elsewhere_it_is_zero() -> None:
+    x = torch.linspace(0.5, 1.5, 6)
+    for factor in (1.0, -1.0):  # of one sign the unit is dead
+        batches = Batches([x * factor, x[:3] * factor])
+        with pytest.raises(ValueError, match="is not the mean"):
+            batches.loss_and_gradient(
+                lambda p, x: torch.relu(x * p).square().sum(), torch.tensor(factor)
+            )
+
+
 def test_weights_that_only_later_batches_contradict_are_refused() -> None:
     problem = Digits((2, 4), tokens=True)
     f, params = functional_loss(problem.model, problem.loss("mean"))

@@ -329,15 +329,23 @@ def test_influence_on_fitted_losses_is_refused(reduction: str) -> None:
         per_sample_ggn_operator(mixing, loss, params, x, y)
 
 
-def test_influence_is_refused_where_there_is_no_loss_elsewhere() -> None:
-    def f(p: Tensor, x: Tensor) -> Tensor:
-        if not bool((p == 1).all()):
-            raise RuntimeError("not here")
-        return ((x - x.mean(0)) @ p).square()
+def test_influence_that_shows_only_here_is_refused() -> None:
+    """At other parameters a unit is dead, a hinge is inactive, a small term drowns."""
+    x = torch.rand(12, 1) + 0.5
+    p = torch.ones(1)
 
-    def not_a_number(p: Tensor, x: Tensor) -> Tensor:
-        return ((x - x.mean(0)) @ p).square() + (2.5 - p).sqrt().sum() * (p < 1.5).log().sum()
+    def dead(p: Tensor, x: Tensor) -> Tensor:
+        z = torch.relu(x @ p)
+        return z.square() + (z - z.mean()).square()
 
-    for loss in (f, not_a_number):
+    def hinged(p: Tensor, x: Tensor) -> Tensor:
+        z = 1e-3 * x @ p
+        return z.square() + torch.relu(0.05 - (z[:, None] - z).abs()).sum(1)
+
+    def small(p: Tensor, x: Tensor) -> Tensor:
+        z = x @ p
+        return (z - x[:, 0] - 1e-4).square().square() + 3e-5 * (z - z.mean()).square()
+
+    for loss in (dead, hinged, small):
         with pytest.raises(ValueError, match=INFLUENCE):
-            per_sample_hessian_operator(loss, torch.ones(6).double(), X)
+            per_sample_hessian_operator(loss, p, x)

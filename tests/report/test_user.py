@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secorder_func import Batches, verify
+from secorder_func import Batches, functional_loss, verify
 from secorder_func.report.subject import Subject
 from secorder_func.report.user import subject_of
 from secorder_func.verify import command
 from secorder_func.verify.target import TargetError
 
+W = torch.ones(4)
 X, Y = torch.ones(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
@@ -291,3 +292,38 @@ def test_a_sum_over_a_loader_is_refused_with_what_takes_the_place_of_the_loader(
 )
 def test_the_headline_says_what_training_mode_changes(module: nn.Module, fact: str) -> None:
     assert subject_of((module, F.cross_entropy, X, Y), "t").facts == (fact,)
+
+
+def _needs_two(p: Any, q: Any) -> Any:
+    return p * q
+
+
+NEAR_MISSES = {
+    "an argument is missing further in": lambda: (lambda p, x: _needs_two(p), W, [(X,)]),  # type: ignore[call-arg]
+    "a method of parameters in a list": lambda: (lambda p, x: p.sum(), [W], [(X,)]),
+    "an attribute of parameters in a dict": lambda: (lambda p, x: p.w.sum(), {"w": W}, [(X,)]),
+    "an error of the loss itself": lambda: (_refuses, W, [X, X]),
+}
+
+
+def _refuses(p: Any, x: Any) -> Any:
+    raise ValueError("temperature must be positive")
+
+
+@pytest.mark.parametrize("returned", NEAR_MISSES.values(), ids=list(NEAR_MISSES))
+def test_no_cause_is_named_that_is_not_there(
+    returned: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = by_verify(returned(), monkeypatch)
+    assert verify(problem.f, problem.params, *problem.args)["loss"].causes == ()
+    with pytest.raises(TargetError) as caught:
+        subject_of(returned(), "a near miss")
+    assert "Likely cause" not in str(caught.value)
+    assert "one tensor" not in str(caught.value)
+
+
+def test_a_label_below_zero_is_not_taken_for_too_few_outputs() -> None:
+    f, params = functional_loss(nn.Linear(3, 2), nn.CrossEntropyLoss())
+    check = verify(f, params, torch.randn(4, 3), torch.tensor([0, 1, -1, 0]))["loss"]
+    assert "-1: they count from 0" in check.causes[0].what
+    assert "ignore_index" in check.causes[0].mend

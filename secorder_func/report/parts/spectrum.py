@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from secorder_func import Eigenpairs, LinearOperator, SpectralDensity, eigsh, spectral_density, tree
+from secorder_func import Eigenpairs, LinearOperator, SpectralDensity, eigsh, spectral_density
 from secorder_func.report.finding import (
     Finding,
     Number,
@@ -135,7 +135,7 @@ def _density(
         if gauss_newton is None:
             note = "The Gauss-Newton matrix was not come to."
     largest = _largest(hessian, shared)
-    if largest <= _rounding(subject, shared):
+    if not largest:
         return _nothing(hessian)
     shares = {
         "near_zero": share_between(hessian, -_NEAR * largest, _NEAR * largest),
@@ -179,20 +179,11 @@ def _largest(hessian: SpectralDensity, shared: dict[str, Any]) -> float:
     return float(torch.cat(seen).abs().max())
 
 
-def _rounding(subject: Subject, shared: dict[str, Any]) -> float:
-    """Return how small eigenvalues are zero: those that no step as long as the parameters lets one see in the loss."""
-    size = float(tree.norm(subject.params)) ** 2
-    loss = abs(float(shared.get("loss", 0.0)))
-    if not size or not math.isfinite(loss):
-        return 0.0
-    return float(torch.finfo(tree.common_dtype(subject.params)).eps * loss / size)
-
-
 def _nothing(hessian: SpectralDensity) -> Finding:
     return Finding(
         numbers={"hessian": None, "gauss_newton": None, "largest_magnitude": 0.0},
         sentences=[
-            "The Hessian is zero to rounding: there is no spectrum to be drawn, and there are no shares. Is the loss "
+            "The Hessian is zero: there is no spectrum to be drawn, and there are no shares. Is the loss "
             "piecewise linear in the parameters?"
         ],
     )
