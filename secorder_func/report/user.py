@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from secorder_func import functional_model, tree
 from secorder_func.checks import check_params
 from secorder_func.report.subject import Subject
+from secorder_func.rules import evaluated
 from secorder_func.rules.inference import without_inference_tensors
+from secorder_func.rules.randomness import RandomState
 from secorder_func.verify._causes import no_dependence, not_finite
 from secorder_func.verify._evidence import Evidence, evidence
 from secorder_func.verify._lenses import Watch
@@ -83,16 +85,23 @@ def _require_loss(subject: Subject, batch: tuple[Any, ...]) -> None:
     watch = Watch()
     batch = without_inference_tensors(batch)
     params = tree.map(lambda p: p.detach().requires_grad_(), subject.params)
+    leaves = tuple(tree.flatten(params)[0])
+
+    def evaluate(rules: Any) -> Any:
+        with watch:
+            return subject.f(params, *batch)
+
     try:
-        with torch.enable_grad(), watch, warnings.catch_warnings():
+        # Under the rules buffers stay as they are; random numbers are drawn again when it is measured.
+        with torch.enable_grad(), warnings.catch_warnings(), RandomState.now(leaves).replayed():
             warnings.filterwarnings("ignore", message="Using a target size")  # refused below
-            loss: Any = subject.f(params, *batch)
+            loss: Any = evaluated(evaluate, forward=False, higher=False, protect=leaves)
     except Exception as error:  # whatever the user's loss does
         quote = _one_line(quoted(error)).rstrip(".")
         hint = _hint(subject, batch, error)
         raise TargetError(f"the loss of the first batch raises {quote}{hint}") from error
     _require_number(loss, subject, batch)
-    _require_derivatives(evidence(loss, tuple(tree.flatten(params)[0]), watch))
+    _require_derivatives(evidence(loss, leaves, watch))
 
 
 def _require_number(loss: Any, subject: Subject, batch: tuple[Any, ...]) -> None:

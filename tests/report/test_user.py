@@ -327,3 +327,16 @@ def test_a_label_below_zero_is_not_taken_for_too_few_outputs() -> None:
     check = verify(f, params, torch.randn(4, 3), torch.tensor([0, 1, -1, 0]))["loss"]
     assert "-1: they count from 0" in check.causes[0].what
     assert "ignore_index" in check.causes[0].mend
+
+
+def test_looking_at_the_first_batch_changes_neither_buffers_nor_random_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def f(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+    state = torch.get_rng_state()
+    subject_of((f, dict(model.named_parameters()), (X, Y)), "a module within a function")
+    assert bool((torch.get_rng_state() == state).all())
+    assert all(bool((t == before[name]).all()) for name, t in model.state_dict().items())
