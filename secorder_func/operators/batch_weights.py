@@ -16,6 +16,7 @@ from secorder_func.errors import ArgumentError, ArgumentTypeError, message
 from secorder_func.operators.batch_sums import Args, Batch, BatchSums
 from secorder_func.rules.in_double import InDouble, widened
 from secorder_func.transforms.fisher import Reduction
+from secorder_func.transforms.samples import has_list_of_samples
 from secorder_func.typing import Tree
 
 __all__ = ["BatchWeights", "Value", "Weight"]
@@ -123,7 +124,7 @@ class BatchWeights:
         tensors, restore = tree.tensors_and_rest(batch.args)
         counts = {t.shape[0] if t.ndim else 0 for t in tensors}
         count = counts.pop() if len(counts) == 1 else 0
-        if count < 2:
+        if count < 2 or has_list_of_samples(batch.args, count):
             return None  # it cannot be split
         cut = max(count // 3, min(2, count // 2))  # of one alone some losses are not defined
         halves = [restore([t[rows] for t in tensors]) for rows in (slice(cut), slice(cut, None))]

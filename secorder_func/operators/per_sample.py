@@ -39,7 +39,7 @@ from secorder_func.transforms.independence import (
 from secorder_func.transforms.loss import Leaves, flat_loss
 from secorder_func.transforms.output_space import space_of_samples
 from secorder_func.transforms.policy import differentiated_outside, in_transform
-from secorder_func.transforms.samples import Samples
+from secorder_func.transforms.samples import Samples, refuse_lists_of_samples
 from secorder_func.typing import ChunkSize, LossFn, Mode, ModelFn, Tree
 
 __all__ = [
@@ -110,6 +110,7 @@ def per_sample_hessian_operator(
     check_callable(f, where)
     check_params(params, where)
     samples = Samples.of(batch, where)
+    refuse_lists_of_samples(batch, samples.count, where)
     params = without_inference_tensors(params)
     leaves, unflatten = tree.flatten(params)
     product = hvp(f, mode=mode)
@@ -331,6 +332,7 @@ def _gauss_newton(
     check_callable(loss_fn, where, name="loss_fn")
     check_params(params, where)
     samples = Samples.of(batch, where)
+    refuse_lists_of_samples(batch, samples.count, where)
     params = without_inference_tensors(params)
     leaves, unflatten = tree.flatten(params)
     product = ggnvp(model_fn, loss_fn, mode=mode)

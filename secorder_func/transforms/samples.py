@@ -12,7 +12,7 @@ from secorder_func.errors import ArgumentError, message
 from secorder_func.rules.inference import without_inference_tensors
 from secorder_func.transforms.loss import Leaves
 
-__all__ = ["Samples"]
+__all__ = ["Samples", "has_list_of_samples", "refuse_lists_of_samples"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,26 @@ class Samples:
         index = torch.arange(self.count)
         index[kept:] = 0
         return Samples(tuple(t[index.to(t.device)] for t in self.tensors), self.restore)
+
+
+def has_list_of_samples(given: Any, count: int) -> bool:
+    """Say whether there is a list beside the tensors with an item for every sample: names, lengths.
+
+    It cannot be taken apart as tensors are. A tuple of numbers may be a shape, and is none.
+    """
+    if isinstance(given, dict):
+        return any(has_list_of_samples(value, count) for value in given.values())
+    if not isinstance(given, (list, tuple)):
+        return False
+    plain = (str, bytes, int, float) if isinstance(given, list) else (str, bytes)
+    if len(given) == count > 1 and all(isinstance(item, plain) for item in given):
+        return True
+    return any(has_list_of_samples(item, count) for item in given)
+
+
+def refuse_lists_of_samples(batch: Any, count: int, where: str) -> None:
+    """Refuse such a list: a sample would get the items of others."""
+    if has_list_of_samples(batch, count):
+        problem = f"the batch has a list with an item for each of its {count} samples"
+        mend = "Make a tensor of it, with samples along its first axis, or bind it to the function"
+        raise ArgumentError(message(where, problem, mend))

@@ -720,6 +720,21 @@ def test_what_little_is_left_of_a_fitted_loss_does_not_contradict_weights() -> N
         summed @ torch.ones(())
 
 
+def test_a_batch_with_a_list_beside_its_tensors_is_taken_as_a_whole() -> None:
+    factor = {"a": 1.0, "b": 100.0}
+
+    def f(p: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        return torch.stack(
+            [factor[n] * (p * v).square() for n, v in zip(names, x, strict=True)]
+        ).mean()
+
+    x = torch.linspace(1, 2, 5).double()
+    names = ["a", "a", "b", "a", "b"]
+    op = Batches([(x, names)]).hessian_operator(f, torch.ones(()).double())
+    weights = torch.tensor([factor[n] for n in names]).double()
+    assert float(op @ torch.ones(()).double()) == pytest.approx(float(2 * (weights * x**2).mean()))
+
+
 def test_a_sum_is_no_mean_though_elsewhere_it_is_zero() -> None:
     x = torch.linspace(0.5, 1.5, 6)
     for factor in (1.0, -1.0):  # of one sign the unit is dead

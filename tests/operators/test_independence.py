@@ -349,3 +349,15 @@ def test_influence_that_shows_only_here_is_refused() -> None:
     for loss in (dead, hinged, small):
         with pytest.raises(ValueError, match=INFLUENCE):
             per_sample_hessian_operator(loss, p, x)
+
+
+@pytest.mark.parametrize("names", [["a"] * 40 + ["b"] * 5, ("a",) * 45, {"inner": list(range(45))}])
+def test_a_list_with_an_item_for_each_sample_is_refused(names: Any) -> None:
+    def f(p: Tensor, x: Tensor, names: Any) -> Tensor:
+        return (x @ p).square().mean()
+
+    x = torch.randn(45, 4).double()
+    with pytest.raises(ValueError, match="a list with an item for each of its 45 samples"):
+        per_sample_hessian_operator(f, torch.ones(4).double(), x, names)
+    op = per_sample_hessian_operator(f, torch.ones(4).double(), x, (45, 45))  # no list of samples
+    oracles.assert_same(exact_trace(op), 2 * x.square().sum(1), 1e-10)

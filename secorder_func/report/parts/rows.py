@@ -13,6 +13,7 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 from secorder_func import tree
 from secorder_func.report.finding import NotApplicable
 from secorder_func.report.subject import Subject
+from secorder_func.transforms.samples import has_list_of_samples
 
 __all__ = ["MOST_WORK", "Rows"]
 
@@ -118,6 +119,8 @@ def _length(batch: _Args) -> int:
     (length, *others) = lengths
     if others or length is None:
         raise NotApplicable("the tensors of a batch have no common leading axis of samples")
+    if has_list_of_samples(batch, length):
+        raise NotApplicable("a batch has a list with an item for each sample; make a tensor of it")
     return length
 
 
