@@ -15,7 +15,7 @@ from urllib.parse import DefragResult, unquote, urldefrag
 
 import pytest
 
-from tests.site.browsing import PHONE, served, visiting
+from tests.site.browsing import DESKTOP, PHONE, served, visiting
 
 pytestmark = pytest.mark.slow
 
@@ -145,6 +145,22 @@ def test_the_search_finds_hvp(browser: Any, site: str) -> None:
         assert "hvp" in found.first.inner_text()
         assert visit.outside == []
         assert visit.complaints == []
+
+
+def test_the_search_finds_hvp_in_a_site_that_is_opened_as_a_file(browser: Any, built: Path) -> None:
+    context = browser.new_context(viewport={"width": DESKTOP, "height": 900})
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((built / "how-to" / "report.html").as_uri(), wait_until="networkidle")
+    field = page.locator("input.md-search__input")
+    field.click()
+    field.press_sequentially("hvp")
+    found = page.locator(".md-search-result__item")
+    found.first.wait_for()
+    assert "hvp" in found.first.inner_text()
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    context.close()
 
 
 @pytest.mark.parametrize("path", PAGES)
