@@ -16,7 +16,7 @@ from secorder_func import running
 from secorder_func.checks import check_tolerance
 from secorder_func.errors import MissingExtraError
 
-__all__ = ["progress", "titled"]
+__all__ = ["bars_on", "progress", "titled"]
 
 _title: ContextVar[str] = ContextVar("secorder_func_title", default="")
 
@@ -163,7 +163,8 @@ class _Bars(running.Watcher):
             if left > 0:  # what was begun when the wait began is over
                 self._wait(left)
                 return
-            self._live = _live(self._console)
+            # What goes to a file stays there.
+            self._live = bars_on(self._console, redirect_stdout=_is_terminal(sys.stdout))
             for task in self._tasks:
                 self._add(task)
             self._live.start()
@@ -176,7 +177,8 @@ class _Bars(running.Watcher):
         )
 
 
-def _live(console: Any) -> Any:
+def bars_on(console: Any, **options: Any) -> Any:
+    """Return rich's bars with the time left, for tasks with a field `unit`."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -196,6 +198,6 @@ def _live(console: Any) -> Any:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        redirect_stdout=_is_terminal(sys.stdout),  # what goes to a file stays there
+        **options,
         speed_estimate_period=float("inf"),  # steps may take minutes
     )

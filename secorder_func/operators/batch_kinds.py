@@ -45,8 +45,8 @@ class Kind(Protocol):
     def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return the outer products, if there may be such."""
 
-    def value(self, batch: Batch, params: Tree, /) -> Tensor | None:
-        """Return the loss at these or at other parameters, if there is one."""
+    def value(self, batch: Batch, /) -> Tensor | None:
+        """Return the loss, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,20 @@ class Hessian:
 
     def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there may be such."""
-        return hessian_forms(self._loss(batch, self.params), batch.args, self.check_finite)
+        return hessian_forms(self._loss(batch), batch.args, self.check_finite)
 
     def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return nothing: a Hessian is no sum of outer products."""
         return None
 
-    def value(self, batch: Batch, params: Tree, /) -> Tensor | None:
-        """Return the loss at these or at other parameters."""
-        return checked_scalar(self._loss(batch, params).eager(), "Batches")
+    def value(self, batch: Batch, /) -> Tensor | None:
+        """Return the loss."""
+        return checked_scalar(self._loss(batch).eager(), "Batches")
 
-    def _loss(self, batch: Batch, params: Tree) -> Any:
-        return flat_loss(self.f, params, batch.args, {}, has_aux=False, where="hessian_operator")
+    def _loss(self, batch: Batch) -> Any:
+        return flat_loss(
+            self.f, self.params, batch.args, {}, has_aux=False, where="hessian_operator"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,25 @@ class GaussNewton:
 
     def forms(self, batch: Batch, /) -> FormsLike | None:
         """Return the forms without products, if there may be such."""
-        flat, (_, _, *data) = self._flat(batch, self.params)
+        flat, (_, _, *data) = self._flat(batch)
         return ggn_forms(flat, tuple(data), self.check_finite)
 
     def rows(self, batch: Batch, /) -> RowsLike | None:
         """Return the outer products, if there may be such."""
         if self.check_finite:
             return None
-        flat, (model, loss, inputs, targets) = self._flat(batch, self.params)
+        flat, (model, loss, inputs, targets) = self._flat(batch)
         return ggn_rows(flat, model, loss, self.params, (inputs, targets))
 
-    def value(self, batch: Batch, params: Tree, /) -> Tensor | None:
-        """Return the loss at these or at other parameters, if it is the user's."""
+    def value(self, batch: Batch, /) -> Tensor | None:
+        """Return the loss, if it is the user's."""
         if not self.has_loss:
             return None
-        return checked_scalar(self._flat(batch, params)[0].eager(), "Batches")
+        return checked_scalar(self._flat(batch)[0].eager(), "Batches")
 
-    def _flat(self, batch: Batch, params: Tree) -> tuple[Any, FisherModel]:
+    def _flat(self, batch: Batch) -> tuple[Any, FisherModel]:
         model, loss, inputs, targets = self.model_of(batch)
-        flat = flat_model(model, loss, params, inputs, targets, where="ggn_operator")
+        flat = flat_model(model, loss, self.params, inputs, targets, where="ggn_operator")
         return flat, (model, loss, inputs, targets)
 
 
@@ -165,7 +167,7 @@ class Other:
         """Return the outer products, if there are such."""
         return self.operator(batch).rows
 
-    def value(self, batch: Batch, params: Tree, /) -> Tensor | None:
+    def value(self, batch: Batch, /) -> Tensor | None:
         """Return nothing: the loss is not known."""
         return None
 

@@ -17,12 +17,11 @@ from secorder_func.operators.batch_sums import Args, Batch, BatchSums
 from secorder_func.rules.in_double import InDouble, widened
 from secorder_func.transforms.fisher import Reduction
 from secorder_func.transforms.samples import has_list_of_samples
-from secorder_func.typing import Tree
 
 __all__ = ["BatchWeights", "Value", "Weight"]
 
-Value: TypeAlias = "Callable[[Batch, Tree], Tensor | None]"
-"""(batch, params) -> its loss, if there is one."""
+Value: TypeAlias = "Callable[[Batch], Tensor | None]"
+"""A batch -> its loss, if there is one."""
 Weight: TypeAlias = "Callable[..., float | Tensor]"
 
 
@@ -86,18 +85,17 @@ class BatchWeights:
             raise ArgumentError(message("Batches", problem, mend))
         return float(tensors[0].shape[0])
 
-    def require_right(self, value: Value, params: Tree, sums: BatchSums, batch: Batch) -> None:
+    def require_right(self, value: Value, sums: BatchSums, batch: Batch) -> None:
         """Refuse weights and a reduction that the losses of the parts of a batch contradict.
 
         Of a loss that was fitted, little but rounding may be left: what contradicts is looked at again in double
         precision, to the same tolerance.
         """
-        parts = self._parts(value, params, sums, batch)
+        parts = self._parts(value, sums, batch)
         if parts is None or parts.add_up is not False:
             return
         with suppress(Exception), InDouble():  # there may be no such
-            wide = replace(batch, args=widened(batch.args))
-            again = self._parts(value, widened(params), sums, wide)
+            again = self._parts(value, sums, replace(batch, args=widened(batch.args)))
             if again is not None and replace(again, eps=parts.eps).add_up:
                 return
         mean = self.reduction == "mean"
@@ -119,7 +117,7 @@ class BatchWeights:
         )
         raise ArgumentError(message(sums.where, problem, mend))
 
-    def _parts(self, value: Value, params: Tree, sums: BatchSums, batch: Batch) -> _Parts | None:
+    def _parts(self, value: Value, sums: BatchSums, batch: Batch) -> _Parts | None:
         """Return the losses of a batch and of two parts of it; None where that says nothing."""
         tensors, restore = tree.tensors_and_rest(batch.args)
         counts = {t.shape[0] if t.ndim else 0 for t in tensors}
@@ -134,7 +132,7 @@ class BatchWeights:
             weight = self._of(args) if self.reduction == "mean" else 1.0
             with state.replayed(), torch.no_grad():
                 try:
-                    loss = value(replace(batch, args=args), params) if weight else torch.zeros(())
+                    loss = value(replace(batch, args=args)) if weight else torch.zeros(())
                 except Exception:
                     if args is batch.args:
                         raise

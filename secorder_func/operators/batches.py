@@ -218,7 +218,7 @@ class Batches:
             where=where,
         )
         if self._check_weights and value is not None and not self._was_checked(of):
-            sums.check = partial(weights.require_right, value, params, sums)
+            sums.check = partial(weights.require_right, value, sums)
             sums.passed = partial(self._note_checked, of)
         return sums
 
@@ -382,7 +382,7 @@ class Batches:
         refuse_gradients(where)
         params = tree.map(Tensor.detach, params)
 
-        def value_of(batch: Batch, params: Tree) -> Tensor:
+        def value_of(batch: Batch) -> Tensor:
             return value_and_gradient(f, params, batch.args, where, gradient=False)[0]
 
         def add_loss(batch: Batch, add: Add) -> None:

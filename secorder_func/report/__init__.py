@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secorder_func.checks import check_count
-from secorder_func.errors import MissingExtraError
+from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,17 +121,22 @@ def write_report(
     ('report.html', True)
     """
     require_extra("write_report")
-    from secorder_func.report.command import report_of
+    from secorder_func.report.command import report_of, settings_of
 
     for name, count in (("num_probes", num_probes), ("num_eigenvalues", num_eigenvalues)):
         if count is not None:
             check_count(count, "write_report", name=name)
+    for name, given, kind, what in (
+        ("folder", folder, (str, PathLike), "a path"),
+        ("seed", seed, int, "a whole number"),
+    ):
+        if not isinstance(given, kind):
+            problem = f"{name} must be {what}, got {type(given).__name__}"
+            raise ArgumentTypeError(message("write_report", problem))
     return report_of(
         (model, loss, batches),
         Path(folder),
         title=str(title or getattr(model, "__name__", type(model).__name__)),
         seed=seed,
-        quick=quick,
-        num_probes=num_probes,
-        num_eigenvalues=num_eigenvalues,
+        settings=settings_of(quick, num_probes, num_eigenvalues),
     )

@@ -8,8 +8,9 @@ from secorder_func.errors import ArgumentTypeError, MissingExtraError, message
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["UNIT", "ink", "named", "new_axes", "require", "shortened"]
+__all__ = ["UNIT", "figure_of", "ink", "named", "new_axes", "require", "shortened"]
 
 
 UNIT = "loss / parameter²"
@@ -24,6 +25,12 @@ def new_axes(where: str, *, height: float = 3.3) -> Axes:
         raise MissingExtraError(where, "matplotlib", "report") from error
     ax: Axes = Figure(figsize=(4.8, height), layout="constrained").add_subplot()
     return ax
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that axes are in."""
+    figure: Any = ax.figure  # by its type it may be a part of one
+    return figure  # type: ignore[no-any-return]
 
 
 def ink() -> Any:

@@ -25,7 +25,7 @@ from secorder_func.report.progress import Stages, make_console
 from secorder_func.report.subject import Subject
 from secorder_func.report.tables import listed_table, number_table
 
-__all__ = ["FULL", "QUICK", "report_of", "run_report"]
+__all__ = ["FULL", "QUICK", "report_of", "run_report", "settings_of"]
 
 FULL = Settings(
     num_probes=64,
@@ -59,7 +59,7 @@ def run_report(
     num_eigenvalues: int | None = None,
 ) -> int:
     """Report on a user's problem or the digits; return 0, 1 if a part failed, 2 if it cannot run, 130 after Ctrl-C."""
-    settings = _settings(quick, num_probes, num_eigenvalues)
+    settings = settings_of(quick, num_probes, num_eigenvalues)
     make_folder(output, "report", "--output")
     folder = output.absolute()  # the user's function may change the current one
     console = make_console()
@@ -108,9 +108,7 @@ def report_of(
     *,
     title: str,
     seed: int,
-    quick: bool,
-    num_probes: int | None,
-    num_eigenvalues: int | None,
+    settings: Settings,
 ) -> Path:
     """Write the report of a problem that is at hand, without printing; return where its page is.
 
@@ -123,7 +121,6 @@ def report_of(
     """
     make_folder(folder, "write_report", "folder=")
     folder = folder.absolute()
-    settings = _settings(quick, num_probes, num_eigenvalues)
     stages = Stages(Console(quiet=True))
     try:
         with interruptible(), progress():
@@ -141,7 +138,8 @@ def report_of(
     return page
 
 
-def _settings(quick: bool, num_probes: int | None, num_eigenvalues: int | None) -> Settings:
+def settings_of(quick: bool, num_probes: int | None, num_eigenvalues: int | None) -> Settings:
+    """Return the full or the quick settings, with other counts where they are given."""
     settings = QUICK if quick else FULL
     return replace(
         settings,

@@ -10,16 +10,8 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from secorder_func.progress_bars import titled
+from secorder_func.progress_bars import bars_on, titled
 
 __all__ = ["Advance", "Stages", "make_console"]
 
@@ -64,21 +56,11 @@ class Stages:
         if not terminal:
             self._console.print(f"  {label:<48}", end="")
             self._console.file.flush()
-        shown = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            # A log would keep every refresh. Not is_terminal, which FORCE_COLOR makes true.
-            disable=not (bar and terminal),
-        )
+        # A log would keep every refresh. Not is_terminal, which FORCE_COLOR makes true.
+        shown = bars_on(self._console, disable=not (bar and terminal))
         try:
             with shown, titled(label):
-                task = shown.add_task(label, total=total)
+                task = shown.add_task(f"  {label}", total=total, unit="")
                 yield lambda steps: shown.advance(task, steps)
         except BaseException:
             if not terminal:

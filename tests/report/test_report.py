@@ -962,6 +962,10 @@ def test_from_python_bad_input_is_an_argument_error(tmp_path: Path, problem: Any
         write_report(3, loss_fn, loader, folder=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="write_report: the batches must be a tuple for one"):
         write_report(model, loss_fn, "data", folder=tmp_path)
+    with pytest.raises(ArgumentError, match="write_report: folder must be a path, got int"):
+        write_report(model, loss_fn, loader, folder=3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="write_report: seed must be a whole number, got str"):
+        write_report(model, loss_fn, loader, folder=tmp_path, seed="x")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="num_probes must be at least 1, got 0"):
         write_report(model, loss_fn, loader, folder=tmp_path, num_probes=0)
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from secorder_func import (
     tree,
 )
 from secorder_func.operators.blocks import groups_of
+from secorder_func.report.axes import figure_of
 from secorder_func.report.finding import (
     Finding,
     Part,
@@ -189,8 +190,7 @@ def _negative(found: dict[str, Any] | None) -> str:
 
 
 def _drawn(layers: LayerCurvature) -> Figure:
-    figure: Any = plot_layers(layers).figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(plot_layers(layers))
 
 
 LAYERS = Part(

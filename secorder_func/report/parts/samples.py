@@ -20,6 +20,7 @@ from secorder_func import (
     running,
     tree,
 )
+from secorder_func.report.axes import figure_of
 from secorder_func.report.finding import (
     Finding,
     NotApplicable,
@@ -340,8 +341,7 @@ def _histogram(traces: _Traces) -> Figure:
     shown: Tensor | Estimate = traces.values
     if traces.errors is not None:
         shown = Estimate(traces.values, traces.errors, traces.num_matvecs)
-    figure: Any = plot_samples(shown).figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(plot_samples(shown))
 
 
 def _pictures(best: _Best) -> Figure:

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from secorder_func import Estimate, hutchinson_trace, tree
-from secorder_func.report.axes import UNIT, ink, named, new_axes, shortened
+from secorder_func.report.axes import UNIT, figure_of, ink, named, new_axes, shortened
 from secorder_func.report.finding import Finding, Number, Part, Settings
 from secorder_func.report.palette import BLUE
 from secorder_func.report.subject import Subject
@@ -49,8 +49,7 @@ def _norms(norms: dict[str, float]) -> Figure:
     ax.invert_yaxis()
     few = f"{len(kept)} of {len(norms)} tensors" if len(kept) < len(norms) else "parameter tensor"
     named(ax, "norm of the gradient (loss / parameter)", few)
-    figure: Any = ax.figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(ax)
 
 
 def _trace(
@@ -92,8 +91,7 @@ def _interval(value: float, error: float, low: float, high: float) -> Figure:
     ax.set_yticks([])
     ax.set_ylim(-1, 1)
     named(ax, f"trace ({UNIT})", "estimate")
-    figure: Any = ax.figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(ax)
 
 
 def spent(estimate: Estimate) -> str:

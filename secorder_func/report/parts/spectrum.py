@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from secorder_func import Eigenpairs, LinearOperator, SpectralDensity, eigsh, spectral_density
+from secorder_func.report.axes import figure_of
 from secorder_func.report.finding import (
     Finding,
     Number,
@@ -108,8 +109,7 @@ def _numbers(pairs: Eigenpairs) -> dict[str, Any]:
 
 
 def _ends(ends: tuple[Eigenpairs, ...]) -> Figure:
-    figure: Any = plot_eigenvalues(ends).figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(plot_eigenvalues(ends))
 
 
 def _density(
@@ -136,7 +136,7 @@ def _density(
             note = "The Gauss-Newton matrix was not come to."
     largest = _largest(hessian, shared)
     if not largest:
-        return _nothing(hessian)
+        return _nothing()
     shares = {
         "near_zero": share_between(hessian, -_NEAR * largest, _NEAR * largest),
         "negative": share_between(hessian, -math.inf, -_NEAR * largest),
@@ -179,7 +179,7 @@ def _largest(hessian: SpectralDensity, shared: dict[str, Any]) -> float:
     return float(torch.cat(seen).abs().max())
 
 
-def _nothing(hessian: SpectralDensity) -> Finding:
+def _nothing() -> Finding:
     return Finding(
         numbers={"hessian": None, "gauss_newton": None, "largest_magnitude": 0.0},
         sentences=[
@@ -263,8 +263,7 @@ def _densities(hessian: SpectralDensity, gauss_newton: SpectralDensity | None) -
     if gauss_newton is not None:
         plot_density(gauss_newton, ax, label="Gauss-Newton", color=VERMILLION, linestyle="--")
         ax.legend(frameon=False)
-    figure: Any = ax.figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(ax)
 
 
 EIGENVALUES = Part(

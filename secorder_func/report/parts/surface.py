@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from secorder_func import Eigenpairs, random_direction, tree
-from secorder_func.report.axes import new_axes
+from secorder_func.report.axes import figure_of, new_axes
 from secorder_func.report.finding import Finding, NotApplicable, Part, Settings
 from secorder_func.report.plots import plot_surface
 from secorder_func.report.slices import surface_around
@@ -90,8 +90,7 @@ def _drawn(grid: Tensor, losses: Tensor, log: bool, kind: str) -> Figure:
     ax.set_xlabel(f"distance along {what} 1")
     if grid.ndim == 3:
         ax.set_ylabel(f"distance along {what} 2")
-    figure: Any = ax.figure
-    return figure  # type: ignore[no-any-return]
+    return figure_of(ax)
 
 
 SURFACE = Part(
