@@ -312,7 +312,14 @@ def test_several_processes_print_what_the_page_shows(
     (program,) = (b for b in _of("py") if b.page == block.page)
     *words, file = shlex.split(command)[1:]
     (tmp_path / file).write_text(program.text)
-    printed = _run([sys.executable, "-m", "torch.distributed.run", *words, file], tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", *words, file]
+    try:
+        printed = _run(launch, tmp_path)
+    except AssertionError as error:
+        # On a busy machine a process has been seen to abort at its exit, when all was printed.
+        if "terminate called without an active exception" not in str(error):
+            raise
+        printed = _run(launch, tmp_path)
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", _output(block))
     for shown, number in zip(NUMBER.findall(_output(block)), NUMBER.findall(printed), strict=True):
         digit = 10.0 ** -len(shown.partition(".")[2])
